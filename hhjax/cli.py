@@ -1,0 +1,207 @@
+"""The `hhjax` command: run, sweep, ls, show, check-data, tokenizer train, bench."""
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from hhjax.io.metrics import clock, read_events, read_rows
+from hhjax.io.rundir import list_runs, read_state
+
+Positional = tyro.conf.Positional
+
+USAGE = """usage: hhjax COMMAND
+
+  run FILE [flags]      train what an experiment file defines; `hhjax run FILE --help` lists its flags
+  sweep FILE --jobs N   the same, stages side by side in N processes
+  ls [OUT]              list the run directories
+  show RUN [--samples]  a run's config and metrics, and rows of its data as text
+  check-data PATH       report the malformed rows of comparison files
+  tokenizer train       train a SentencePiece tokenizer on text
+  bench ceiling         what this machine's matrix products reach"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The console script. Ends the process with the exit code."""
+    from hhjax.launch import exit_code
+
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if not argv or argv[0] in ("-h", "--help"):
+        print(USAGE)
+        sys.exit(0 if argv else 2)
+    if argv[0] not in COMMANDS:
+        from hhjax.fields import nearest
+
+        print(f"error: unknown command {argv[0]!r}{nearest(argv[0], COMMANDS)}", file=sys.stderr)
+        sys.exit(2)
+    sys.exit(exit_code(lambda: COMMANDS[argv[0]](argv[1:])))
+
+
+def run(argv: Sequence[str]) -> int:
+    from hhjax import launch
+
+    return launch.run(argv)
+
+
+def sweep(argv: Sequence[str]) -> int:
+    from hhjax import sweep
+
+    return sweep.run(argv)
+
+
+@dataclass(frozen=True)
+class Ls:
+    """List the run directories under OUT: state, step, main metric, and how long ago the last sign of life was."""
+
+    out: Positional[Path] = Path("runs")
+
+
+def ls(argv: Sequence[str]) -> int:
+    args = tyro.cli(Ls, args=argv, prog="hhjax ls")
+    states = list_runs(args.out)
+    rows = [("run", "stage", "state", "step", "metric", "age")]
+    for s in states:
+        step = "" if s.step is None else str(s.step)
+        rows.append((str(s.dir.relative_to(args.out)), s.name, s.state, step, s.metric, clock(s.age_s)))
+    print(table(rows) if states else f"no runs under {args.out}")
+    return 0
+
+
+@dataclass(frozen=True)
+class Show:
+    """Show a run: its config, its last metrics, and with --samples the first rows that it was given."""
+
+    run: Positional[Path]
+    samples: bool = False
+
+
+def show(argv: Sequence[str]) -> int:
+    args = tyro.cli(Show, args=argv, prog="hhjax show")
+    folder = args.run
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"{folder} is no run directory: it holds no config.json; `hhjax ls` lists them")
+    config, state = json.loads((folder / "config.json").read_text()), read_state(folder)
+    print(f"{config['kind']} {config['name']!r} of {config['experiment']} ({config['run']}): {state.state}")
+    print(f"{folder}, seed {config['seed']}, size {config['size']}, last sign of life {clock(state.age_s)} ago\n")
+    print(table(sorted((k, shown(v)) for k, v in flat_config(config["config"]).items())))
+    print("\n" + metrics_table(read_rows(folder / "metrics.jsonl")))
+    for event in read_events(folder)[-5:]:
+        details = {k: v for k, v in event.items() if k not in ("time", "event", "traceback")}
+        print(f"{event['event']}: {details}")
+    if args.samples:
+        for path in sorted((folder / "samples").glob("*.jsonl")):
+            print(f"\n== {path.name}")
+            print("\n\n".join(sample_text(row) for row in read_rows(path)))
+    return 0
+
+
+@dataclass(frozen=True)
+class CheckData:
+    """Report the malformed rows of a comparison file, or of all files in a folder."""
+
+    path: Positional[Path]
+    strict: bool = False
+    """End with 2 when a row is malformed."""
+
+
+def check_data(argv: Sequence[str]) -> int:
+    from hhjax.data.comparisons import check_data as check
+
+    args = tyro.cli(CheckData, args=argv, prog="hhjax check-data")
+    report = check(args.path)
+    print(report)
+    return 2 if args.strict and report.skipped else 0
+
+
+@dataclass(frozen=True)
+class TrainTokenizer:
+    """Train a SentencePiece tokenizer on text sources or files, and write tokenizer.model into OUT."""
+
+    out: Path
+    sources: tuple[str, ...] = ("dialogue-sgd", "text-gutenberg", "text-us-speeches", "text-wikitext2")
+    vocab: int = 4096
+    limit: int | None = None
+    """Characters of text to learn from."""
+    data_dir: Path | None = None
+
+
+def tokenizer(argv: Sequence[str]) -> int:
+    if not argv or argv[0] != "train":
+        print("usage: hhjax tokenizer train --out DIR [flags]", file=sys.stderr)
+        return 0 if argv and argv[0] in ("-h", "--help") else 2
+    args = tyro.cli(TrainTokenizer, args=argv[1:], prog="hhjax tokenizer train")
+    from hhjax.data.sources import TextData, load_documents
+    from hhjax.data.tokenizer import train_tokenizer
+
+    documents = load_documents(TextData(args.sources, args.limit), args.data_dir)
+    made = train_tokenizer((d.text for d in documents), args.vocab, args.out)
+    print(f"{args.out}: {made.vocab_size} tokens from {len(documents)} documents")
+    return 0
+
+
+def bench(argv: Sequence[str]) -> int:
+    if not argv or argv[0] != "ceiling":
+        print("usage: hhjax bench ceiling", file=sys.stderr)
+        return 0 if argv and argv[0] in ("-h", "--help") else 2
+    from hhjax import bench
+
+    print(bench.report(bench.ceiling()))
+    return 0
+
+
+COMMANDS = {
+    "run": run,
+    "sweep": sweep,
+    "ls": ls,
+    "show": show,
+    "check-data": check_data,
+    "tokenizer": tokenizer,
+    "bench": bench,
+}
+
+
+# Text -----------------------------------------------------------------------------------------------------------------
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of text in aligned columns."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths)).rstrip() for row in rows)
+
+
+def metrics_table(rows: list[dict], last: int = 8) -> str:
+    """The last training rows and the last held-out ones, one column a metric."""
+    parts = []
+    for kept in ([r for r in rows if not is_eval(r)][-last:], [r for r in rows if is_eval(r)][-last:]):
+        names = list(dict.fromkeys(name for row in kept for name in row))
+        parts += [table([names, *([shown(row.get(n)) for n in names] for row in kept)])] if kept else []
+    return "\n\n".join(parts) or "no metrics yet"
+
+
+def is_eval(row: dict) -> bool:
+    return any(name.startswith("eval/") for name in row)
+
+
+def shown(value) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else "" if value is None else str(value)
+
+
+def flat_config(value, prefix: str = "") -> dict:
+    from hhjax.io.rundir import flat
+
+    return flat(value, prefix)
+
+
+def sample_text(row: dict) -> str:
+    """A sample row: its numbers on one line, then its texts."""
+    texts = {k: v for k, v in row.items() if isinstance(v, str) and k not in ("part",)}
+    head = ", ".join(f"{k} {v}" for k, v in row.items() if k not in texts)
+    return "\n".join([f"-- {head}", *(f"[{name}] {text}" for name, text in texts.items())])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,483 @@
+"""Experiments: named stages that refer to each other, sweeps over dotted paths, and what makes two stages the same.
+
+    BASE = Experiment("pm_hh", (
+        Tokenizer("tok", vocab=4096),
+        LM("lm", tokenizer="tok", model="1M"),
+        PM("pm", init="lm", data=ComparisonData()),
+        Evaluate("eval", of="pm")))
+    RUNS = grid(BASE, {"lm.model": ("0.4M", "1M"), "seed": (0, 1, 2)})
+
+A new kind of stage is one dataclass here and one line in `launch.LOOPS`.
+"""
+
+import dataclasses
+import itertools
+import json
+import re
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
+
+from hhjax.data.comparisons import ComparisonData
+from hhjax.data.sources import TextData, data_files
+from hhjax.fields import ConfigError, conform, hinted_fields, nearest
+from hhjax.identity import canonical, digest, file_digest, folder_digest, identity_fields
+from hhjax.model.sizes import model_config
+from hhjax.model.transformer import RunConfig
+from hhjax.objectives.lm import LMLoss, lm_objective
+from hhjax.objectives.preference import PreferenceLoss, preference_objective
+from hhjax.sharding import MeshConfig
+from hhjax.train.state import OptimConfig
+
+DEFAULT_SIZE = "1M"
+RESERVED = ("seed", "out", "only", "stage", "fast", "file")  # top-level addresses, so no stage is called this
+
+
+class Preempted(Exception):
+    """Raised by a loop that was told to stop and has saved; the process exits with 75."""
+
+
+class Diverged(Exception):
+    """Raised by a loop whose loss is no longer finite; the process exits with 65."""
+
+
+# Stages ---------------------------------------------------------------------------------------------------------------
+
+
+def execution(default, **metadata):
+    """A field that says how a stage runs, not what it computes: it stays out of the identity."""
+    return field(default=default, metadata={"identity": False, **metadata})
+
+
+def reference(*kinds: str, default=dataclasses.MISSING):
+    """A field that names earlier stages of these kinds, or folders (any text with `/` or `://`)."""
+    return field(default=default, metadata={"ref": kinds})
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One step of an experiment. Subclasses say what it reads and how it is run.
+
+    kind: the folder under OUT and the key of its loop. seeded: whether the experiment's seed matters to it.
+    Raises ConfigError on a value of the wrong type.
+    """
+
+    kind: ClassVar[str]
+    seeded: ClassVar[bool] = True
+    name: str = field(metadata={"identity": False})
+
+    def __post_init__(self):
+        for f, hint in hinted_fields(type(self)):
+            object.__setattr__(self, f.name, conform(getattr(self, f.name), hint, f"{self.name}.{f.name}"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tokenizer(Stage):
+    """A SentencePiece model trained on text; the experiment's seed does not enter, so that seeds share it."""
+
+    kind: ClassVar[str] = "tokenizer"
+    seeded: ClassVar[bool] = False
+    data: TextData = TextData()
+    vocab: int = 4096
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training(Stage):
+    """What every gradient-trained stage has.
+
+    steps: updates; None means `epochs` passes over the data. batch_size: rows (pairs, for a PM) an update.
+    seed: None means the experiment's. eval_rows: the most held-out rows a periodic evaluation reads.
+    The rest is execution: micro_batches cut a batch, `keep` is how many checkpoints stay, intervals are in
+    updates (eval_every and save_every 0: only at the end), watchdog_s kills a step that hangs (0: never).
+    """
+
+    init: str | None = reference("lm", "pm", default=None)
+    tokenizer: str | None = reference("tokenizer", default=None)
+    model: str | None = None  # a row of model/sizes.py, where nothing is given by `init`
+    seq_len: int = 256
+    batch_size: int = 32
+    epochs: float = 1.0
+    steps: int | None = None
+    optim: OptimConfig = OptimConfig()
+    seed: int | None = execution(None)  # the seed that results is part of the identity
+    micro_batches: int = execution(1)
+    mesh: MeshConfig = execution(MeshConfig())
+    run: RunConfig = execution(RunConfig())
+    log_every: int = execution(10)
+    eval_every: int = execution(0)
+    eval_rows: int = execution(512)
+    save_every: int = execution(200)
+    keep: int = execution(2)
+    watchdog_s: float = execution(1800.0)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.init and self.model:
+            raise ConfigError(f"{self.name}.model={self.model!r} has no effect: the model comes from init={self.init!r}")
+        if not self.init and not self.tokenizer:
+            raise ConfigError(f"{self.name} has neither init nor tokenizer; name a stage or a folder in one of them")
+        for name in ("seq_len", "batch_size", "micro_batches", "log_every", "keep"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{self.name}.{name}={getattr(self, name)}; it must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LM(Training):
+    """A language model, trained on documents. objective: (model, loss config) -> LossFn over Tokens."""
+
+    kind: ClassVar[str] = "lm"
+    data: TextData = TextData()
+    objective: Callable = lm_objective
+    loss: Any = LMLoss()  # whatever frozen dataclass the objective takes
+
+
+@dataclass(frozen=True, kw_only=True)
+class PM(Training):
+    """A preference model, one epoch at a constant rate (Bai et al. 2022, section 3.1).
+
+    init: the LM it starts from, with a fresh score head; or None with `tokenizer` and `model`, for none.
+    objective: (model, loss config) -> LossFn over Pairs.
+    """
+
+    kind: ClassVar[str] = "pm"
+    data: ComparisonData = ComparisonData()
+    objective: Callable = preference_objective
+    loss: Any = PreferenceLoss()  # whatever frozen dataclass the objective takes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluate(Stage):
+    """Scores the test split of `data` with a PM; `baselines` adds the length rule and the bag of words."""
+
+    kind: ClassVar[str] = "evaluate"
+    of: str = reference("pm")
+    data: ComparisonData = ComparisonData()
+    baselines: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report(Stage):
+    """Tables and figures from the stages it names."""
+
+    kind: ClassVar[str] = "report"
+    of: tuple[str, ...] = reference("lm", "pm", "evaluate")
+
+
+# Experiments and sweeps -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """An ordered tuple of stages, each of which refers only to earlier ones. Raises ConfigError otherwise."""
+
+    name: str
+    stages: tuple[Stage, ...]
+    seed: int = 0
+
+    def __post_init__(self):
+        object.__setattr__(self, "stages", tuple(self.stages))
+        earlier: dict[str, Stage] = {}
+        for stage in self.stages:
+            if not re.fullmatch(r"[A-Za-z]\w*", stage.name) or stage.name in RESERVED:
+                raise ConfigError(f"stage name {stage.name!r}; use letters, digits and _, and none of {RESERVED}")
+            if stage.name in earlier:
+                raise ConfigError(f"two stages are called {stage.name!r}; give each its own name")
+            for where, ref, kinds in references(stage, earlier):
+                check_reference(f"{stage.name}.{where}", ref, kinds, earlier)
+            earlier[stage.name] = stage
+
+    def stage(self, name: str) -> Stage:
+        """The stage of this name; ConfigError with the nearest name otherwise."""
+        found = {s.name: s for s in self.stages}
+        if name not in found:
+            raise ConfigError(f"experiment {self.name!r} has no stage {name!r}{nearest(name, found)}")
+        return found[name]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One point of a sweep. axes: the (path, label) pairs that tell it from the others."""
+
+    experiment: Experiment
+    axes: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def name(self) -> str:
+        """Such as `lm.model=1M,seed=0`; the experiment's name where nothing varies."""
+        return ",".join(f"{path}={label}" for path, label in self.axes) or self.experiment.name
+
+
+def edit(experiment: Experiment, path: str, value) -> Experiment:
+    """The experiment with the field at `path` replaced: "seed", or "STAGE.field.field".
+
+    Raises ConfigError on an unknown address, naming the nearest, and on a wrong type.
+    """
+    if path == "seed":
+        return replace(experiment, seed=conform(value, int, "seed"))
+    name, _, rest = path.partition(".")
+    if name not in {s.name for s in experiment.stages} or not rest:
+        raise ConfigError(f"unknown field {path!r}{nearest(path, addresses(experiment))}")
+    if rest == "name":
+        raise ConfigError(f"{path!r} cannot be edited: other stages refer to it by name")
+    new = edit_field(experiment.stage(name), rest.split("."), value, path, experiment)
+    return replace(experiment, stages=tuple(new if s.name == name else s for s in experiment.stages))
+
+
+def grid(experiment: Experiment, axes: Mapping) -> tuple[Run, ...]:
+    """The product of `axes`: {path: values}, the last axis fastest.
+
+    A key may be a tuple of paths that change together, and values may be a mapping
+    from a label (for the run's name) to a value.
+    """
+    labelled = []
+    for paths, values in axes.items():
+        paths = (paths,) if isinstance(paths, str) else tuple(paths)
+        pairs = values.items() if isinstance(values, Mapping) else [(label(v), v) for v in values]
+        labelled.append([(paths, str(name), value) for name, value in pairs])
+    runs = []
+    for point in itertools.product(*labelled):
+        changed = experiment
+        for paths, _, value in point:
+            for path in paths:
+                changed = edit(changed, path, value)
+        runs.append(Run(changed, tuple((paths[0], name) for paths, name, _ in point)))
+    return unique_names(runs)
+
+
+def override(run: Run, path: str, value) -> Run:
+    """`edit` for a run; an axis that is overridden shows the new value in the name."""
+    axes = tuple((p, label(value) if p == path else old) for p, old in run.axes)
+    return Run(edit(run.experiment, path, value), axes)
+
+
+def as_runs(found) -> tuple[Run, ...]:
+    """What an experiment file may define (an Experiment, a Run, or several) as runs."""
+    several = found if isinstance(found, Sequence) else (found,)
+    for one in several:
+        if not isinstance(one, Run | Experiment):
+            raise ConfigError(f"RUNS holds {one!r}; it must be an Experiment, or the Runs that `grid` returns")
+    return unique_names([Run(one) if isinstance(one, Experiment) else one for one in several])
+
+
+# References, identity and places --------------------------------------------------------------------------------------
+
+
+class Placed(NamedTuple):
+    """A stage of a run with all that is decided before it starts.
+
+    identity: the canonical config whose hash is `id`. parents: reference text -> folder.
+    after: names of the stages of this run that it needs.
+    """
+
+    stage: Stage
+    id: str
+    identity: dict
+    seed: int
+    size: str
+    dir: Path
+    parents: dict[str, Path]
+    after: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class StageContext:
+    """All that a loop `run(stage, ctx)` is given besides the stage.
+
+    dir: the run directory, made and locked; seed: the stage's. parents: reference text as the stage writes it
+    (a stage name, `name@step` or a folder) -> that folder; parent_stages: the same -> its config.json ({} if it
+    has none). out: the root of all run directories. should_stop(): poll once an update on every host; once it
+    says True it stays so, and the loop saves and raises Preempted. A loop returns None when the stage is
+    finished (launch then writes DONE), and raises Diverged on a loss that is not finite.
+    """
+
+    dir: Path
+    seed: int
+    parents: Mapping[str, Path]
+    parent_stages: Mapping[str, dict]
+    data_dir: Path | None = None
+    experiment: str = ""
+    run: str = ""
+    out: Path = Path("runs")
+    fast: bool = False
+    should_stop: Callable[[], bool] = lambda: False
+
+    def parent(self, ref: str) -> tuple[Path, int | None]:
+        """A reference's folder and the step it asks for (None: the last)."""
+        return self.parents[ref], split_step(ref)[1]
+
+
+def place(run: Run, out: Path, data_dir: Path | None = None) -> tuple[Placed, ...]:
+    """Where each stage of a run lives: OUT/<kind>/<size>-s<seed>-<id>.
+
+    Reads the data files and external folders that identities hash; their errors pass through.
+    """
+    placed: dict[str, Placed] = {}
+    for stage in run.experiment.stages:
+        refs = list(dict.fromkeys(ref for _, ref, _ in references(stage, placed)))
+        parents = {ref: reference_dir(ref, placed) for ref in refs}
+        own_seed = getattr(stage, "seed", None)
+        seed = run.experiment.seed if own_seed is None else own_seed
+        identity = {"kind": stage.kind} | ({"seed": seed} if stage.seeded else {})
+        identity |= canonical_stage(stage, {ref: reference_id(ref, placed) for ref in refs}, data_dir)
+        size = size_of(stage, parents, placed)
+        folder = "-".join([size, *([f"s{seed}"] if stage.seeded else []), digest(identity)])
+        after = tuple(dict.fromkeys(name for name, _ in map(split_step, refs) if name in placed))
+        where = Path(out) / stage.kind / folder
+        placed[stage.name] = Placed(stage, digest(identity), identity, seed, size, where, parents, after)
+    return tuple(placed.values())
+
+
+def references(stage: Stage, earlier) -> list[tuple[str, str, tuple[str, ...]]]:
+    """Every (field, reference text, kinds it may be) of a stage.
+
+    earlier: names of the stages before it; a data source of such a name is a reference too.
+    """
+    found = []
+    for f in dataclasses.fields(stage):
+        value = getattr(stage, f.name)
+        if (kinds := f.metadata.get("ref")) and value:
+            found += [(f.name, ref, kinds) for ref in ((value,) if isinstance(value, str) else value)]
+        elif isinstance(value, ComparisonData):
+            found += [(f"{f.name}.sources", s, ("comparisons",)) for s in value.sources if split_step(s)[0] in earlier]
+    return found
+
+
+def check_reference(where: str, ref: str, kinds, earlier: Mapping[str, Stage]) -> None:
+    """Raises ConfigError unless `ref` is a folder or an earlier stage of one of these kinds."""
+    name, _ = split_step(ref)
+    if is_path(ref):
+        return
+    if name not in earlier:
+        raise ConfigError(f"{where}={ref!r} is no earlier stage{nearest(name, earlier)}; a folder's name has a / in it")
+    if earlier[name].kind not in kinds:
+        raise ConfigError(f"{where}={ref!r} is a stage of kind {earlier[name].kind!r}; it must be {' or '.join(kinds)}")
+
+
+def split_step(ref: str) -> tuple[str, int | None]:
+    """`lm@200` -> ("lm", 200); without a step, None, which means the last."""
+    target, at, step = ref.rpartition("@")
+    return (target, int(step)) if at and step.isdigit() else (ref, None)
+
+
+def is_path(ref: str) -> bool:
+    return "/" in ref
+
+
+def reference_dir(ref: str, placed: Mapping[str, Placed]) -> Path:
+    """The folder that a reference means. Raises ConfigError where a local one does not exist."""
+    target, _ = split_step(ref)
+    if target in placed:
+        return placed[target].dir
+    if "://" not in target and not Path(target).exists():
+        raise ConfigError(f"{ref!r}: there is no such folder; name a stage, or a folder that exists")
+    return Path(target) if "://" not in target else target
+
+
+def reference_id(ref: str, placed: Mapping[str, Placed]) -> str:
+    """What stands for a reference in the identity of a child: the stage's id, or what a folder holds.
+
+    A run directory is known by the id it was made with, any other local folder by the bytes of its
+    files, a remote one by its address (whose content is taken on trust).
+    """
+    target, step = split_step(ref)
+    suffix = "" if step is None else f"@{step}"
+    if target in placed:
+        return placed[target].id + suffix
+    if "://" in target:
+        return ref
+    config = read_config(target)
+    return (config["id"] if "id" in config else folder_digest(Path(target))) + suffix
+
+
+def size_of(stage: Stage, parents: Mapping, placed: Mapping[str, Placed]) -> str:
+    """What a run directory's name begins with: the rung of the ladder, the vocabulary, or the parent's size."""
+    if isinstance(stage, Tokenizer):
+        return f"v{stage.vocab}"
+    if isinstance(stage, Training) and not stage.init:
+        return stage.model or DEFAULT_SIZE
+    first = next(iter(parents))
+    name, _ = split_step(first)
+    return placed[name].size if name in placed else read_config(parents[first]).get("size", "external")
+
+
+def read_config(folder) -> dict:
+    """The config.json of a run directory; {} where there is none (a Hugging Face folder has one without an id)."""
+    path = Path(folder) / "config.json"
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def canonical_stage(stage: Stage, ids: Mapping[str, str], data_dir: Path | None) -> dict:
+    """The stage's identity fields as JSON values: references as ids, functions as source, data as hashes."""
+    result = {}
+    for f in identity_fields(stage):
+        value = getattr(stage, f.name)
+        if f.metadata.get("ref"):
+            named = [ids[ref] for ref in ((value,) if isinstance(value, str) else value or ())]
+            result[f.name] = named if isinstance(value, tuple) else next(iter(named), None)
+        elif f.name == "model":
+            result["model"] = None if stage.init else architecture(value or DEFAULT_SIZE)
+        elif isinstance(value, ComparisonData | TextData):
+            result[f.name] = canonical_data(value, ids, data_dir)
+        else:
+            result[f.name] = canonical(value)
+    return result
+
+
+def canonical_data(data, ids: Mapping[str, str], data_dir: Path | None) -> dict:
+    """A data config by what its files hold, not by where they lie."""
+    plain = replace(data, sources=tuple(s for s in data.sources if s not in ids))
+    sources = [ids.get(s, "file" if is_path(s) else s) for s in data.sources]
+    files = [file_digest(Path(p)) for p in data_files(plain, data_dir)] if plain.sources else []
+    return canonical(data) | {"sources": sources, "files": files}
+
+
+def architecture(size: str) -> dict:
+    """The settings behind a size's name; the vocabulary is the tokenizer's, which has an id of its own."""
+    return {k: v for k, v in canonical(model_config(size, 0)).items() if k != "vocab"}
+
+
+# Fields and names ----------------------------------------------------------------------------------------------
+
+
+def edit_field(owner, names: list[str], value, path: str, experiment: Experiment):
+    """`owner` with the field at the end of `names` replaced, and all that hold it rebuilt."""
+    name, rest = names[0], names[1:]
+    if not dataclasses.is_dataclass(owner) or name not in {f.name for f in dataclasses.fields(owner)}:
+        raise ConfigError(f"unknown field {path!r}{nearest(path, addresses(experiment))}")
+    new = edit_field(getattr(owner, name), rest, value, path, experiment) if rest else value
+    if not rest and not isinstance(owner, Stage):
+        new = conform(value, typing.get_type_hints(type(owner))[name], path)
+    return replace(owner, **{name: new})
+
+
+def addresses(experiment: Experiment) -> list[str]:
+    """Every path that `edit` takes."""
+
+    def below(value, prefix):
+        for f in dataclasses.fields(value):
+            if (path := f"{prefix}.{f.name}") and f.name != "name":
+                yield path
+                if dataclasses.is_dataclass(getattr(value, f.name)):
+                    yield from below(getattr(value, f.name), path)
+
+    return ["seed", *(path for stage in experiment.stages for path in below(stage, stage.name))]
+
+
+def label(value) -> str:
+    """A value in a run's name."""
+    if isinstance(value, tuple | list):
+        return "+".join(map(label, value))
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return type(value).__name__ + digest(canonical(value))[:4]
+    return getattr(value, "__name__", None) or str(value)
+
+
+def unique_names(runs: Sequence[Run]) -> tuple[Run, ...]:
+    """The runs without repetition. Raises ConfigError when two different ones share a name."""
+    named: dict[str, Run] = {}
+    for run in runs:
+        if named.setdefault(run.name, run) != run:
+            raise ConfigError(f"two runs are called {run.name!r}; give the axis a mapping from label to value")
+    return tuple(named.values())

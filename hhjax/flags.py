@@ -1,0 +1,199 @@
+"""From an experiment file and a command line to runs: the file's RUNS, and tyro flags for every field of every stage."""
+
+import dataclasses
+import fnmatch
+import importlib.util
+import inspect
+import sys
+import types
+import typing
+from collections.abc import Sequence
+from dataclasses import dataclass, field, make_dataclass
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import tyro
+
+from hhjax.experiment import Run, addresses, as_runs, override
+from hhjax.fields import ConfigError, nearest
+
+# A bool of a stage takes a value, as every --STAGE.path does; a top-level bool is a switch.
+VALUED = tyro.conf.FlagConversionOff
+
+
+@dataclass(frozen=True)
+class LaunchConfig:
+    """How an experiment file is run. Every stage's fields can be set too: --STAGE.path VALUE."""
+
+    only: str = "*"
+    """Runs whose name matches this pattern."""
+    stage: str | None = None
+    """This stage alone; what it needs must be done."""
+    out: Path = Path("runs")
+    """Where run directories are."""
+    seed: int | None = None
+    """Replaces the experiment's seed."""
+    data_dir: Path | None = None
+    """The data folder; otherwise $HHJAX_DATA, otherwise ./data."""
+    fast: bool = False
+    """A small version of the experiment, where the file has one."""
+    dry_run: bool = False
+    """Show shapes, parameters, FLOPs and memory, and run nothing."""
+    print_config: bool = False
+    """Show every stage's config and folder, and run nothing."""
+    heartbeat_timeout_s: int = 30
+    """Seconds of silence after which a peer counts as lost."""
+
+
+class Command(NamedTuple):
+    """A parsed command line. file: the experiment file; argv: all after the subcommand."""
+
+    file: Path
+    launch: LaunchConfig
+    runs: tuple[Run, ...]
+    argv: tuple[str, ...]
+
+
+def parse(argv: Sequence[str], prog: str, extra: type | None = None) -> tuple[Command, Any]:
+    """FILE and its flags -> the command, and an instance of the dataclass `extra` (more top-level flags) or None.
+
+    tyro ends the process with 2 on a flag that does not exist, naming the nearest. Raises
+    ConfigError on what is wrong with the file or the values.
+    """
+    file, rest = experiment_file(argv, prog)
+    module = load_file(file)
+    tops = {"launch": LaunchConfig} | ({"extra": extra} if extra else {}) | {"file": file_options(module)}
+    top = [f for cls in tops.values() for f in plain_fields(cls) if f[0] != "fast" or cls is LaunchConfig]
+    # Which stages there are may depend on the file's own flags, so those are read first.
+    early, _ = tyro.cli(make_dataclass("Flags", top), args=without_help(rest), return_unknown_args=True)
+    found = as_runs(module.RUNS if hasattr(module, "RUNS") else module.runs(**picked(tops["file"], early)))
+    if not found:
+        raise ConfigError(f"{file} defines no runs")
+    first = found[0].experiment
+    stages = [(s.name, cls := flags_class(s), field(default_factory=cls)) for s in first.stages]
+    flags = tyro.cli(
+        make_dataclass("Flags", top + stages), args=rest, prog=f"{prog} {file}", description=module.__doc__ or "",
+        config=(tyro.conf.OmitSubcommandPrefixes,),
+    )  # fmt: skip
+    launch = LaunchConfig(**picked(LaunchConfig, flags))
+    changes = {path: value_at(flags, path) for path in given_paths(rest)}
+    changes |= {"seed": launch.seed} if launch.seed is not None else {}
+    runs = tuple(changed(r, changes) for r in found)
+    command = Command(file, launch, select(as_runs(runs), launch.only), tuple(argv))
+    return command, extra(**picked(extra, flags)) if extra else None
+
+
+def load_file(path: Path) -> types.ModuleType:
+    """The experiment file as a module, its folder first on sys.path. Raises ConfigError unless it defines runs."""
+    sys.path.insert(0, str(path.parent.absolute()))
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module
+    spec.loader.exec_module(module)
+    if not hasattr(module, "RUNS") and not callable(getattr(module, "runs", None)):
+        raise ConfigError(f"{path} defines neither RUNS nor a function `runs`; RUNS may be an Experiment or grid(...)")
+    return module
+
+
+def modules_beside(path: Path) -> list[Path]:
+    """The files of all modules that were imported from the experiment file's folder, itself left out."""
+    files = {Path(m.__file__).absolute() for m in list(sys.modules.values()) if getattr(m, "__file__", None)}
+    beside = (f for f in files if f.parent == path.parent.absolute() and f != path.absolute())
+    return sorted(f for f in beside if f.suffix == ".py" and f.is_file())  # some modules name files that never were
+
+
+def select(runs: tuple[Run, ...], pattern: str) -> tuple[Run, ...]:
+    """The runs whose names match. Raises ConfigError where none does."""
+    chosen = tuple(r for r in runs if fnmatch.fnmatchcase(r.name, pattern))
+    if not chosen:
+        raise ConfigError(f"--only {pattern!r} matches no run{nearest(pattern, [r.name for r in runs])}")
+    return chosen
+
+
+def changed(run: Run, changes: dict) -> Run:
+    """The run with every change made. A stage that this run does not have is an error, named by `edit`."""
+    for path, value in changes.items():
+        run = override(run, path, value)
+    return run
+
+
+# Helpers --------------------------------------------------------------------------------------------------------------
+
+
+def experiment_file(argv: Sequence[str], prog: str) -> tuple[Path, list[str]]:
+    """The first argument as a file, and the rest."""
+    if not argv or argv[0].startswith("-"):
+        raise ConfigError(f"usage: {prog} FILE [flags]; `{prog} FILE --help` lists the flags of an experiment file")
+    if not Path(argv[0]).is_file():
+        raise ConfigError(f"{argv[0]!r} is no file; give the path of an experiment file, such as experiments/pm_hh.py")
+    return Path(argv[0]), list(argv[1:])
+
+
+def without_help(args: list[str]) -> list[str]:
+    return [a for a in args if a not in ("-h", "--help")]
+
+
+def file_options(module) -> type:
+    """The keyword arguments of the file's `runs` as a dataclass. Raises ConfigError on one without a default."""
+    if hasattr(module, "RUNS"):
+        return make_dataclass("FileOptions", [])
+    parameters = inspect.signature(module.runs).parameters.values()
+    for p in parameters:
+        if p.default is p.empty:
+            raise ConfigError(f"runs({p.name}) has no default; give it one, so that it can become a flag")
+    hints = typing.get_type_hints(module.runs)
+    fields = [(p.name, hints.get(p.name, type(p.default)), field(default=p.default)) for p in parameters]
+    return make_dataclass("FileOptions", fields, frozen=True)
+
+
+def flags_class(value) -> type:
+    """A dataclass with the fields of a stage (or component config) that a command line can set, as they are now."""
+    hints, fields = typing.get_type_hints(type(value)), []
+    for f in dataclasses.fields(value):
+        current = getattr(value, f.name)
+        if f.name == "name" or callable(current):
+            continue
+        if dataclasses.is_dataclass(current):
+            cls = flags_class(current)
+            fields.append((f.name, cls, field(default_factory=cls)))
+        else:
+            hint = type(current) if hints[f.name] is Any else hints[f.name]
+            fields.append((f.name, Annotated[hint, VALUED], field(default=current)))
+    doc = (inspect.getdoc(type(value)) or "").split("\n\n")[0]
+    return make_dataclass(type(value).__name__, fields, frozen=True, namespace={"__doc__": doc})
+
+
+def plain_fields(cls) -> list[tuple]:
+    hints = typing.get_type_hints(cls)
+    helps = attribute_docs(cls)
+    return [
+        (f.name, Annotated[hints[f.name], tyro.conf.arg(help=helps.get(f.name))], field(default=f.default))
+        for f in dataclasses.fields(cls)
+    ]
+
+
+def attribute_docs(cls) -> dict[str, str]:
+    """Field name -> the text below it in the class's source."""
+    try:
+        lines = inspect.getsource(cls).splitlines()
+    except (OSError, TypeError):
+        return {}
+    pairs = zip(lines, lines[1:])
+    return {a.split(":")[0].strip(): b.strip().strip('"') for a, b in pairs if b.strip().startswith('"""') and ":" in a}
+
+
+def picked(cls, flags) -> dict:
+    """The values of `flags` that are fields of `cls`."""
+    return {f.name: getattr(flags, f.name) for f in dataclasses.fields(cls)}
+
+
+def given_paths(args: Sequence[str]) -> list[str]:
+    """The stage paths that a command line sets: `--pm.optim.lr 1e-4` -> pm.optim.lr."""
+    names = (a[2:].partition("=")[0] for a in args if a.startswith("--"))
+    return [n.replace("-", "_") for n in names if "." in n]
+
+
+def value_at(flags, path: str):
+    for name in path.split("."):
+        flags = getattr(flags, name)
+    return flags

@@ -1,0 +1,96 @@
+"""What makes two configs the same: canonical JSON of values, functions and files, and its sha256."""
+
+import ast
+import dataclasses
+import hashlib
+import inspect
+import json
+import re
+import textwrap
+import types
+from collections.abc import Mapping
+from pathlib import Path
+
+from hhjax.fields import ConfigError
+
+
+def digest(value) -> str:
+    """The first ten hex digits of sha256 over canonical JSON."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:10]
+
+
+def file_digest(path: Path) -> str:
+    with path.open("rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def folder_digest(path: Path) -> str:
+    """Ten hex digits for a file, or for all files below a folder with their names."""
+    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+    return digest([[str(p.relative_to(path)) if path.is_dir() else "", file_digest(p)] for p in files])
+
+
+def identity_fields(value):
+    return [f for f in dataclasses.fields(value) if f.metadata.get("identity", True)]
+
+
+def canonical(value):
+    """Plain JSON values for a config value; ConfigError for what has no stable text."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: canonical(getattr(value, f.name)) for f in identity_fields(value)}
+    if isinstance(value, tuple | list):
+        return [canonical(v) for v in value]
+    if isinstance(value, Mapping):
+        return {str(k): canonical(v) for k, v in sorted(value.items())}
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if callable(value):
+        return canonical_function(value)
+    raise ConfigError(f"{value!r} cannot be part of a stage's identity; use numbers, text, tuples or dataclasses")
+
+
+def canonical_function(fn) -> dict:
+    """A function's code without comments and docstrings, and whatever of its own folder and closure it uses.
+
+    So a renamed variable is a new loss and a reworded comment is not; a changed helper or constant beside
+    it counts. Functions imported from elsewhere count by name: the commit is in env.json.
+    """
+    return {name: text for name, text in sorted(collect_sources(fn, {}).items())}
+
+
+def collect_sources(fn, found: dict) -> dict:
+    try:
+        source = textwrap.dedent(inspect.getsource(fn))
+    except (OSError, TypeError):
+        raise ConfigError(f"the source of {fn!r} cannot be read; define it with `def` in the experiment's file") from None
+    found[fn.__qualname__] = strip_comments(source)
+    closure = inspect.getclosurevars(fn) if isinstance(fn, types.FunctionType) else None
+    if closure is None:
+        return found
+    names = set(re.findall(r"[A-Za-z_]\w*", source))
+    beside = {n: fn.__globals__[n] for n in names if n in fn.__globals__} | dict(closure.nonlocals)
+    for name, value in beside.items():
+        if isinstance(value, types.FunctionType):
+            if folder(value) == folder(fn) and value.__qualname__ not in found:
+                collect_sources(value, found)
+        elif isinstance(value, bool | int | float | str | tuple) or name in closure.nonlocals:
+            found[f"{fn.__qualname__}.{name}"] = canonical(value)
+    return found
+
+
+def folder(fn) -> Path:
+    return Path(fn.__code__.co_filename).parent
+
+
+def strip_comments(source: str) -> str:
+    """Python source in one canonical layout, without comments and docstrings; as it is where it does not parse."""
+    try:
+        tree = ast.parse(source)
+    except SyntaxError:  # a lambda in the middle of a call
+        return source.strip()
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and ast.get_docstring(node, clean=False) is not None:
+            node.body = body[1:] or [ast.Pass()]
+    return ast.unparse(tree)

@@ -1,0 +1,112 @@
+"""LOCK: one writer for a run directory at a time, and takeover from a writer that is gone."""
+
+import contextlib
+import json
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+BEAT_S = 10.0
+STALE_S = 120.0  # a heartbeat older than this is nobody's; far above BEAT_S, for slow shared file systems
+POLL_S = 1.0
+
+
+@contextlib.contextmanager
+def hold_lock(folder: Path, on_wait: Callable[[dict], None] = lambda holder: None) -> Iterator[None]:
+    """Holds folder/LOCK, with a heartbeat, while the block runs; waits while another live process holds it.
+
+    on_wait(holder) is called once, when there is someone to wait for.
+    """
+    path, waited = folder / "LOCK", False
+    while not take_lock(path):
+        if not waited and (holder := read_lock(path)):
+            on_wait(holder)
+            waited = True
+        time.sleep(POLL_S)
+    released = threading.Event()
+    heart = threading.Thread(target=beat, args=(path, released), daemon=True)
+    heart.start()
+    try:
+        yield
+    finally:
+        released.set()
+        heart.join()
+        if is_ours(read_lock(path)):
+            path.unlink(missing_ok=True)
+
+
+def take_lock(path: Path) -> bool:
+    """True when the lock is now this process's: it was free, or its holder is gone."""
+    try:
+        with path.open("x") as f:
+            json.dump({"host": socket.gethostname(), "pid": os.getpid(), "since": time.time()}, f)
+        return True
+    except FileExistsError:
+        pass
+    if is_alive(path):
+        return False
+    # Two waiters may both find it stale: whoever renames it first goes on, the other finds a new lock, or none.
+    stale = path.with_name(f".LOCK.{socket.gethostname()}.{os.getpid()}")
+    with contextlib.suppress(FileNotFoundError):
+        path.rename(stale)
+        if is_alive(stale):  # it was replaced between the look and the rename
+            with contextlib.suppress(FileExistsError):
+                os.link(stale, path)
+        stale.unlink()
+    return False
+
+
+def is_alive(path: Path) -> bool:
+    """Whether the lock's holder still runs: by its pid on this host, and by its heartbeat anywhere."""
+    holder = read_lock(path)
+    try:
+        age_s = time.time() - path.stat().st_mtime
+    except FileNotFoundError:
+        return False
+    if not holder:  # being written, or torn by a crash
+        return age_s < BEAT_S
+    if is_ours(holder):  # of an earlier process with our number: a restarted container
+        return False
+    if holder["host"] == socket.gethostname() and not pid_runs(holder["pid"]):
+        return False
+    return age_s < STALE_S
+
+
+def read_lock(path: Path) -> dict:
+    """The holder {"host", "pid", "since"}; {} where there is none, or none that can be read."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+def is_ours(holder: dict) -> bool:
+    return (holder.get("host"), holder.get("pid")) == (socket.gethostname(), os.getpid())
+
+
+def pid_runs(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return not is_zombie(pid)
+
+
+def is_zombie(pid: int) -> bool:
+    """A process that has ended and that nobody has waited for (Linux; False elsewhere)."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except (OSError, IndexError):
+        return False
+
+
+def beat(path: Path, released: threading.Event) -> None:
+    """Renews the lock's time until `released`."""
+    while not released.wait(BEAT_S):
+        with contextlib.suppress(OSError):
+            os.utime(path)

@@ -1,0 +1,131 @@
+"""A run directory: what is written into it when a stage starts, and what can be read from it later. Never imports jax."""
+
+import json
+import os
+import platform
+import shutil
+import socket
+import subprocess
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import NamedTuple
+
+from hhjax.fields import ConfigError
+from hhjax.io.lock import is_alive
+from hhjax.io.metrics import read_events, read_rows
+
+PACKAGES = ("hhjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "sentencepiece", "tokenizers")
+
+
+class RunState(NamedTuple):
+    """One line of `hhjax ls`. state: done, running, preempted, failed, diverged or stopped. age_s: since the last sign of life."""
+
+    dir: Path
+    name: str
+    state: str
+    step: int | None
+    metric: str
+    age_s: float
+
+
+def write_start(folder: Path, config: dict, source: Path, modules: list[Path], command: str, devices: dict) -> None:
+    """config.json, experiment.py (and modules/ that it imports), command.txt and env.json.
+
+    Raises ConfigError, naming the field, where the folder was made with another identity.
+    """
+    check_identity(folder, config["identity"])
+    (folder / "config.json").write_text(json.dumps(config, indent=1, default=str) + "\n")
+    shutil.copyfile(source, folder / "experiment.py")
+    for module in modules:
+        (folder / "modules").mkdir(exist_ok=True)
+        shutil.copyfile(module, folder / "modules" / module.name)
+    with (folder / "command.txt").open("a") as f:
+        f.write(command + "\n")
+    (folder / "env.json").write_text(json.dumps(environment(folder) | {"devices": devices}, indent=1) + "\n")
+
+
+def check_identity(folder: Path, identity: dict) -> None:
+    """Raises ConfigError where config.json records another identity than this."""
+    path = folder / "config.json"
+    saved = flat(json.loads(path.read_text())["identity"]) if path.is_file() else None
+    if saved is None:
+        return
+    now = flat(json.loads(json.dumps(identity)))
+    for field in sorted(saved.keys() | now.keys()):
+        if saved.get(field) != now.get(field):
+            raise ConfigError(
+                f"{folder} was made with {field}={saved.get(field)!r}, this run has {field}={now.get(field)!r}; "
+                f"move the folder away, or choose another --out"
+            )
+
+
+def flat(value, prefix: str = "") -> dict:
+    """Nested dicts as {dotted path: value}."""
+    if not isinstance(value, dict):
+        return {prefix: value}
+    return {k: v for name, inner in value.items() for k, v in flat(inner, f"{prefix}.{name}".strip(".")).items()}
+
+
+def environment(folder: Path) -> dict:
+    """Versions, host and the state of the source; a dirty tree's diff goes to dirty.diff."""
+    here = Path(__file__).parent
+    diff = git(here, "diff", "HEAD") or ""
+    if diff:
+        (folder / "dirty.diff").write_text(diff)
+    versions = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = None
+    return {
+        "python": platform.python_version(),
+        "versions": versions,
+        "host": socket.gethostname(),
+        "cpus": os.cpu_count(),
+        "git_commit": (git(here, "rev-parse", "HEAD") or "").strip() or None,
+        "git_dirty": bool(diff),
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
+    }
+
+
+def git(where: Path, *args: str) -> str | None:
+    """The output of a git command, or None where there is no git or no repository."""
+    try:
+        done = subprocess.run(["git", "-C", str(where), *args], capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout if done.returncode == 0 else None
+
+
+def list_runs(out: Path) -> list[RunState]:
+    """Every run directory under `out`, the latest sign of life first."""
+    states = [read_state(config.parent) for config in out.glob("*/*/config.json")]
+    return sorted(states, key=lambda s: s.age_s)
+
+
+def read_state(folder: Path) -> RunState:
+    rows, config = read_rows(folder / "metrics.jsonl"), json.loads((folder / "config.json").read_text())
+    files = [p for p in (folder / n for n in ("metrics.jsonl", "events.jsonl", "DONE", "LOCK")) if p.exists()]
+    age_s = time.time() - max((p.stat().st_mtime for p in files), default=folder.stat().st_mtime)
+    step = rows[-1]["step"] if rows else None
+    return RunState(folder, config["name"], state_of(folder), step, main_metric(rows), age_s)
+
+
+def state_of(folder: Path) -> str:
+    if (folder / "DONE").exists():
+        return "done"
+    if is_alive(folder / "LOCK"):
+        return "running"
+    ends = {"preempt": "preempted", "nan": "diverged", "error": "failed"}
+    last = [e["event"] for e in read_events(folder) if e["event"] in (*ends, "start")]
+    return ends.get(last[-1] if last else "", "stopped")
+
+
+def main_metric(rows: list[dict]) -> str:
+    """The newest held-out accuracy or loss, else the newest training loss, as text."""
+    for name in ("eval/accuracy", "eval/loss", "loss"):
+        if found := [row[name] for row in rows if row.get(name) is not None]:
+            return f"{name} {found[-1]:.4f}"
+    return ""

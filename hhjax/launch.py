@@ -1,0 +1,307 @@
+"""From an experiment file to its trained stages: joins the cluster, walks the stages in order, picks each one's loop.
+
+    hhjax run FILE [--only GLOB] [--out DIR] [--seed N] [--STAGE.path VALUE ...]
+"""
+
+import contextlib
+import dataclasses
+import importlib
+import json
+import os
+import shlex
+import socket
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from hhjax.experiment import Diverged, Placed, Preempted, Run, StageContext, place, read_config
+from hhjax.fields import ConfigError
+from hhjax.flags import Command, modules_beside, parse
+from hhjax.io.checkpoint import write_atomically
+from hhjax.io.lock import hold_lock
+from hhjax.io.metrics import write_event
+from hhjax.io.rundir import write_start
+
+# Exit codes. A hang that the watchdog ends and a crash are 1, a lost peer is 134: both are worth a restart.
+DONE, CRASHED, BAD_CONFIG, NOT_FINITE, PREEMPTED = 0, 1, 2, 65, 75
+
+LOOPS = {  # a stage's kind -> module:function, called as function(stage, context)
+    "tokenizer": "hhjax.loops.supervised:run_tokenizer",
+    "lm": "hhjax.loops.supervised:run",
+    "pm": "hhjax.loops.supervised:run",
+    "evaluate": "hhjax.loops.evaluate:run",
+    "report": "hhjax.loops.report:run",
+}
+
+
+def run(argv: Sequence[str]) -> int:
+    """`hhjax run FILE ...`: trains what is missing, in order. Returns the exit code."""
+    command, _ = parse(argv, "hhjax run")
+    launch = command.launch
+    if launch.print_config:
+        print(json.dumps({r.name: shown_config(r, launch) for r in command.runs}, indent=1))
+        return DONE
+    if launch.dry_run:
+        from hhjax import plan
+
+        print("\n\n".join(plan.describe(r, launch.out, launch.data_dir) for r in command.runs))
+        return DONE
+    should_stop = join_cluster(launch.heartbeat_timeout_s)
+    placed = {r.name: place(r, launch.out, launch.data_dir) for r in command.runs}
+    if launch.stage is None:
+        write_index(command, placed)
+    for each in command.runs:
+        for p in chosen_stages(each, placed[each.name], launch.stage):
+            if should_stop():
+                raise Preempted("told to stop between two stages")
+            run_stage(command, each, p, should_stop)
+    return DONE
+
+
+def exit_code(main: Callable[[], int]) -> int:
+    """Calls `main` and turns what it raises into an exit code, with the message on stderr."""
+    try:
+        return main()
+    except Preempted as stop:
+        print(stop, file=sys.stderr)
+        return PREEMPTED
+    except Diverged as error:
+        print(f"error: {error}", file=sys.stderr)
+        return NOT_FINITE
+    except (ValueError, FileNotFoundError) as error:
+        if not raised_by_us(error):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return BAD_CONFIG
+
+
+def raised_by_us(error: BaseException) -> bool:
+    """Whether the error comes from a check of this package, whose message says it all, and not from below."""
+    frame = error.__traceback__
+    while frame.tb_next:
+        frame = frame.tb_next
+    return isinstance(error, ConfigError) or Path(__file__).parent in Path(frame.tb_frame.f_code.co_filename).parents
+
+
+# Stages ---------------------------------------------------------------------------------------------------------------
+
+
+def run_stage(command: Command, run: Run, placed: Placed, should_stop: Callable[[], bool]) -> None:
+    """Brings one stage to DONE, unless it is; waits for another process that is at it.
+
+    Raises ConfigError when something it needs is not done, and whatever its loop raises.
+    """
+    stage, folder = placed.stage, placed.dir
+    if agreed(is_done(folder)):
+        tell(f"{run.name}: {stage.name} is done ({folder})")
+        return
+    for ref, parent in placed.parents.items():
+        if isinstance(parent, Path) and (parent / "config.json").is_file() and not is_done(parent):
+            raise ConfigError(f"{stage.name} needs {ref!r}, which is not done ({parent}); run it first")
+    tell(f"{run.name}: {stage.name} in {folder}")
+    if first_process():
+        folder.mkdir(parents=True, exist_ok=True)
+    with locked(folder):
+        if agreed(is_done(folder)):  # by the process that was waited for
+            return
+        if first_process():
+            write_start(folder, full_config(command, run, placed), command.file, *provenance(command))
+            write_event(folder, "start", host=socket.gethostname(), pid=os.getpid())
+        try:
+            find_loop(stage.kind)(stage, context(command, run, placed, should_stop))
+        except (Preempted, Diverged):
+            raise  # the loop has written its event
+        except BaseException as error:
+            text = "".join(traceback.format_exception(error))
+            write_event(folder, "error", message=f"{type(error).__name__}: {error}", traceback=text)
+            raise
+        if first_process():
+            write_event(folder, "done")
+            write_atomically(folder / "DONE", "")
+
+
+def find_loop(kind: str) -> Callable:
+    """Imported only now, so that a stage needs no library of another's."""
+    module, name = LOOPS[kind].split(":")
+    return getattr(importlib.import_module(module), name)
+
+
+def context(command: Command, run: Run, placed: Placed, should_stop: Callable[[], bool]) -> StageContext:
+    return StageContext(
+        dir=placed.dir,
+        seed=placed.seed,
+        parents=placed.parents,
+        parent_stages={ref: read_config(folder) for ref, folder in placed.parents.items()},
+        data_dir=command.launch.data_dir,
+        experiment=run.experiment.name,
+        run=run.name,
+        out=command.launch.out,
+        fast=command.launch.fast,
+        should_stop=should_stop,
+    )
+
+
+def chosen_stages(run: Run, placed: Sequence[Placed], name: str | None) -> list[Placed]:
+    """All stages of a run, or the one of this name; ConfigError where there is none such."""
+    if name is not None:
+        run.experiment.stage(name)
+    return [p for p in placed if name in (None, p.stage.name)]
+
+
+def is_done(folder: Path) -> bool:
+    return (folder / "DONE").is_file()
+
+
+# What is written ------------------------------------------------------------------------------------------------------
+
+
+def full_config(command: Command, run: Run, placed: Placed) -> dict:
+    """config.json of a run directory. identity is what the id hashes, config all of the stage's fields."""
+    return {
+        "id": placed.id,
+        "kind": placed.stage.kind,
+        "name": placed.stage.name,
+        "size": placed.size,
+        "seed": placed.seed,
+        "experiment": run.experiment.name,
+        "run": run.name,
+        "parents": {ref: str(folder) for ref, folder in placed.parents.items()},
+        "config": plain(placed.stage),
+        "identity": placed.identity,
+    }
+
+
+def plain(value):
+    """A config as JSON values, functions by name."""
+    if dataclasses.is_dataclass(value):
+        return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, tuple | list):
+        return [plain(v) for v in value]
+    if callable(value):
+        return f"{value.__module__}.{value.__qualname__}"
+    return value
+
+
+def shown_config(run: Run, launch) -> dict:
+    """Stage -> folder and fields, for --print-config."""
+    stages = place(run, launch.out, launch.data_dir)
+    return {p.stage.name: {"dir": str(p.dir), "seed": p.seed, **plain(p.stage)} for p in stages}
+
+
+def write_index(command: Command, placed: dict[str, Sequence[Placed]]) -> None:
+    """OUT/experiments/<experiment>.json: run -> stage -> folder below OUT; runs of other commands stay in it."""
+    if not first_process():
+        return
+    out = command.launch.out
+    for name in {r.experiment.name for r in command.runs}:
+        path = out / "experiments" / f"{name}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        known = json.loads(path.read_text())["runs"] if path.is_file() else {}
+        for run in command.runs:
+            if run.experiment.name == name:
+                known[run.name] = {p.stage.name: str(p.dir.relative_to(out)) for p in placed[run.name]}
+        write_atomically(path, json.dumps({"experiment": name, "file": str(command.file), "runs": known}, indent=1))
+
+
+def provenance(command: Command):
+    """The arguments of `write_start` that say where a stage comes from: modules, command line, devices."""
+    import jax
+
+    devices = jax.devices()
+    about = {"kind": devices[0].device_kind, "platform": devices[0].platform, "count": len(devices)}
+    line = shlex.join(["hhjax", "run", *command.argv])
+    return modules_beside(command.file), line, about | {"processes": jax.process_count()}
+
+
+# The cluster ----------------------------------------------------------------------------------------------------------
+
+
+def join_cluster(heartbeat_timeout_s: int) -> Callable[[], bool]:
+    """Joins the cluster that the environment describes, or one of this process alone, and returns should_stop.
+
+    Alone too, because it is the cluster's service that hears SIGTERM: a bare process would die unsaved.
+    JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID name a cluster; SLURM, Open MPI, Cloud TPU
+    and Kubernetes are found by jax. Raises ConfigError when jax is already in use.
+    """
+    import jax
+
+    beat = {"heartbeat_timeout_seconds": heartbeat_timeout_s}
+    try:
+        if address := os.environ.get("JAX_COORDINATOR_ADDRESS"):
+            count, index = (int(os.environ[f"JAX_{n}"]) for n in ("NUM_PROCESSES", "PROCESS_ID"))
+            jax.distributed.initialize(address, count, index, **beat)
+        elif is_on_cluster():
+            jax.distributed.initialize(**beat)
+        else:
+            jax.distributed.initialize(f"127.0.0.1:{free_port()}", 1, 0, **beat)
+    except RuntimeError as error:
+        if "before any JAX calls" not in " ".join(str(error).split()):
+            raise
+        raise ConfigError("jax ran before the cluster was joined; an experiment file must not compute at import") from None
+    return make_should_stop()
+
+
+def is_on_cluster() -> bool:
+    """Whether several processes were started together by something that jax knows."""
+    many = any(int(os.environ.get(n, "1") or 1) > 1 for n in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE"))
+    return many or "," in os.environ.get("TPU_WORKER_HOSTNAMES", "") or "JOB_COMPLETION_INDEX" in os.environ
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def make_should_stop() -> Callable[[], bool]:
+    """A poll for preemption (SIGTERM on any host), to be called equally often on every host.
+
+    The answer of `reached_preemption_sync_point` is True for one tick only, and its ticks may never repeat,
+    whatever stage they come from: so the tick is counted and the answer kept here.
+    """
+    from jax.experimental import multihost_utils
+
+    ticks, stopped = 0, False
+
+    def should_stop() -> bool:
+        nonlocal ticks, stopped
+        ticks += 1
+        stopped = stopped or multihost_utils.reached_preemption_sync_point(ticks)
+        return stopped
+
+    return should_stop
+
+
+def first_process() -> bool:
+    import jax
+
+    return jax.process_index() == 0
+
+
+def agreed(value: bool) -> bool:
+    """Process 0's value, on every process."""
+    import jax
+
+    if jax.process_count() == 1:
+        return value
+    from jax.experimental import multihost_utils
+
+    return bool(multihost_utils.broadcast_one_to_all(value))
+
+
+@contextlib.contextmanager
+def locked(folder: Path):
+    """The folder's LOCK in the hands of process 0; the others go on once it has it."""
+
+    def waiting(holder):
+        tell(f"waiting for process {holder['pid']} on {holder['host']}, which is at {folder}")
+
+    with hold_lock(folder, waiting) if first_process() else contextlib.nullcontext():
+        agreed(True)
+        yield
+
+
+def tell(text: str) -> None:
+    if first_process():
+        print(text, flush=True)

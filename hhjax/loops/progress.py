@@ -1,0 +1,94 @@
+"""What a training loop tells the world: rows, rates against the machine's ceiling, and the console line."""
+
+import contextlib
+import math
+import time
+
+import jax
+
+from hhjax.experiment import Diverged, StageContext
+from hhjax.io.metrics import Console, MetricsWriter, NullConsole, NullWriter, write_event
+
+
+class Progress:
+    """The reports of one training stage, from process 0.
+
+    start: the step it goes on from. tokens: real (not padding) tokens trained on so far. ceiling_flops_per_s:
+    what the machine's own matrix products reach. Rates are over the steps since the last row; time spent in
+    `excluded` (compilation, evaluation, saving) is not in them.
+    """
+
+    def __init__(self, ctx: StageContext, name: str, start: int, total: int, tokens: int, ceiling_flops_per_s: float):
+        self.ctx, self.name, self.ceiling, self.tokens = ctx, name, ceiling_flops_per_s, tokens
+        first = jax.process_index() == 0
+        self.metrics = MetricsWriter(ctx.dir, start) if first else NullWriter()
+        self.console = Console(name, total) if first else NullConsole()
+        self.held = None
+        self.begin_interval()
+
+    def count(self, tokens: int, flops: float, timed: bool = True) -> None:
+        """Adds an update's work; with timed=False it counts as seen but not in the rates."""
+        self.tokens += tokens
+        if timed:
+            self.interval_tokens += tokens
+            self.interval_flops += flops
+
+    def hold(self, step: int, metrics: dict) -> None:
+        """Keeps a step's metrics, still on the device, until `flush`."""
+        self.held = (step, metrics, self.tokens)
+
+    def flush(self) -> None:
+        """Writes the row that is held, which waits for its step. Raises Diverged on a loss that is not finite."""
+        if self.held is None:
+            return
+        (step, metrics, tokens), self.held = self.held, None
+        row = {name: float(x) for name, x in jax.device_get(metrics).items()} | {"tokens": tokens} | self.rates()
+        self.console.show(self.metrics.write(step, row))
+        self.require_finite(step, row)
+        self.begin_interval()
+
+    def evaluation(self, step: int, results: dict) -> None:
+        """Writes a row of held-out metrics, named eval/...; the step's own row has been flushed."""
+        self.metrics.write(step, results, prefix="eval")
+        shown = ", ".join(f"{name} {value:.4g}" for name, value in results.items())
+        self.console.say(f"{self.name} {step}: held out: {shown}")
+
+    def require_finite(self, step: int, metrics: dict) -> None:
+        """Raises Diverged unless loss and gradient norm are finite, so that no such state is ever saved."""
+        bad = [name for name in ("loss", "grad_norm") if not math.isfinite(float(metrics[name]))]
+        if bad:
+            self.event("nan", step=step, metric=bad[0])
+            raise Diverged(f"{self.name}: {bad[0]} is not finite at step {step}; lower optim.lr, or resume to look closer")
+
+    def saved(self, step: int) -> None:
+        self.console.saved = step
+        self.event("save", step=step)
+
+    def event(self, event: str, **details) -> None:
+        if jax.process_index() == 0:
+            write_event(self.ctx.dir, event, **details)
+
+    def rates(self) -> dict:
+        """tokens_per_s and flops_per_s of this interval, and the share of the ceiling; {} where it holds only untimed steps."""
+        seconds = time.perf_counter() - self.interval_began - self.interval_excluded
+        if not self.interval_tokens or seconds <= 0:
+            return {}
+        flops_per_s = self.interval_flops / seconds
+        rate = {"seconds": seconds, "tokens_per_s": self.interval_tokens / seconds, "flops_per_s": flops_per_s}
+        return rate | {"share_of_ceiling": flops_per_s / self.ceiling}
+
+    def begin_interval(self) -> None:
+        self.interval_began, self.interval_excluded = time.perf_counter(), 0.0
+        self.interval_tokens, self.interval_flops = 0, 0.0
+
+    @contextlib.contextmanager
+    def excluded(self):
+        """What happens inside is no part of the rates."""
+        began, interval = time.perf_counter(), self.interval_began
+        yield
+        if interval == self.interval_began:
+            self.interval_excluded += time.perf_counter() - began
+
+    def close(self) -> None:
+        self.metrics.close()
+        self.console.close()

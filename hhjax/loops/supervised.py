@@ -1,0 +1,306 @@
+"""The loop of the stages that learn from rows: language models and preference models; and tokenizer training.
+
+A batch is a pure function of (seed, step), so a run goes on from a checkpoint as if it had never stopped.
+"""
+
+import contextlib
+import faulthandler
+import json
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from hhjax import roofline
+from hhjax.data.comparisons import load_comparisons
+from hhjax.data.sources import load_documents
+from hhjax.data.stream import Host, LMSource, PairSource
+from hhjax.data.tokenizer import load_tokenizer, train_tokenizer
+from hhjax.experiment import DEFAULT_SIZE, PM, Preempted, StageContext, Tokenizer, Training
+from hhjax.fields import ConfigError
+from hhjax.io import checkpoint
+from hhjax.io.metrics import write_event
+from hhjax.loops.progress import Progress
+from hhjax.model.sizes import model_config
+from hhjax.model.transformer import ModelConfig, RunConfig, config_from_json, config_to_json, make_model
+from hhjax.sharding import check_batch, make_mesh, param_shardings, put_batch
+from hhjax.train.state import TrainState, init_state, make_optimizer, state_shardings
+from hhjax.train.step import make_train_step, shard_step
+from hhjax.types import Batch, LossFn, Model, Pairs
+
+SAMPLE_ROWS = 8
+
+
+def run(stage: Training, ctx: StageContext) -> None:
+    """Trains an LM or a PM to its last step, from its newest good checkpoint or from the start.
+
+    Raises DataError on data that fills no batch, Diverged on a loss that is not finite, and
+    Preempted once it was told to stop and has saved.
+    """
+    mesh = make_mesh(stage.mesh)
+    check_batch(stage.batch_size // stage.micro_batches, mesh)
+    config, tokenizer = starting_point(stage, ctx)
+    model = make_model(config, mesh, stage.run)
+    source, held_out = load_sources(stage, ctx, tokenizer)
+    total = total_steps(stage, source)
+    optimizer = make_optimizer(stage.optim, total)
+    loss = stage.objective(model, stage.loss)
+    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    shardings = state_shardings(optimizer, shapes, param_shardings(model.axes(), shapes, mesh), mesh)
+    if jax.process_index() == 0:
+        describe_folder(ctx.dir, config, tokenizer, source, ctx.seed)
+
+    state, position = resume(stage, ctx, model, optimizer, shardings)
+    train_step = shard_step(make_train_step(loss, optimizer, stage.micro_batches), shardings, mesh)
+    evaluate = make_evaluate(loss, held_out, stage, mesh)
+    flops_per_s = roofline.ceiling(compute_dtype(stage.run))
+    progress = Progress(ctx, stage.name, position["step"], total, position["tokens"], flops_per_s)
+    saver = checkpoint.CheckpointWriter(ctx.dir, stage.keep, on_saved=progress.saved)
+    with contextlib.closing(progress), contextlib.closing(saver), watchdog():
+        compiled = set()
+        for done, batch in enumerate(prefetch(source, ctx.seed, position["step"], total), position["step"] + 1):
+            rearm_watchdog(stage.watchdog_s)
+            tokens, flops = batch_work(stage, config, batch)
+            if (shape := batch_shape(batch)) not in compiled:
+                with progress.excluded():
+                    state, metrics = jax.block_until_ready(train_step(state, put_batch(batch, mesh)))
+                compiled.add(shape)
+                progress.count(tokens, flops, timed=False)
+            else:
+                state, metrics = train_step(state, put_batch(batch, mesh))
+                progress.count(tokens, flops)
+            progress.flush()  # the row before: the device has this step's work meanwhile
+            last, stopping = done == total, ctx.should_stop()
+            if last or is_due(done, stage.log_every):
+                progress.hold(done, metrics)
+            evaluating = last or is_due(done, stage.eval_every)
+            saving = last or stopping or is_due(done, stage.save_every)
+            if evaluating or saving:
+                progress.flush()
+                progress.require_finite(done, metrics)
+            if evaluating:
+                with progress.excluded():
+                    progress.evaluation(done, evaluate(state.params))
+            if saving:
+                with progress.excluded():
+                    progress.metrics.sync()
+                    saver.save(done, state, {"step": done, "tokens": progress.tokens})
+            if stopping and not last:
+                saver.wait()
+                progress.event("preempt", step=done)
+                raise Preempted(f"{stage.name} was told to stop: saved at step {done} of {total}")
+
+
+def run_tokenizer(stage: Tokenizer, ctx: StageContext) -> None:
+    """Trains the tokenizer on process 0."""
+    if jax.process_index() == 0:
+        texts = [document.text for document in load_documents(stage.data, ctx.data_dir)]
+        train_tokenizer(texts, stage.vocab, ctx.dir)
+
+
+def load_model(folder: Path, step: int | None, mesh, run: RunConfig = RunConfig()):
+    """A trained stage as (Model, params on the mesh, tokenizer); step None is its last."""
+    config, tokenizer = read_model_config(folder), load_tokenizer(folder)
+    model = make_model(config, mesh, run)
+    return model, load_model_params(model, folder, step, mesh), tokenizer
+
+
+# The start ------------------------------------------------------------------------------------------------------------
+
+
+def starting_point(stage: Training, ctx: StageContext):
+    """The architecture and tokenizer of a stage: its parent's, or those that it names."""
+    tokenizer_dir, _ = ctx.parent(stage.tokenizer or stage.init)
+    tokenizer = load_tokenizer(tokenizer_dir)
+    if not stage.init:
+        return model_config(stage.model or DEFAULT_SIZE, tokenizer.vocab_size), tokenizer
+    config = read_model_config(ctx.parent(stage.init)[0])
+    if config.vocab < tokenizer.vocab_size:
+        raise ConfigError(
+            f"{stage.name}: tokenizer {stage.tokenizer!r} has {tokenizer.vocab_size} tokens and "
+            f"init={stage.init!r} knows {config.vocab}; leave tokenizer out to use its own"
+        )
+    return config, tokenizer
+
+
+def resume(stage: Training, ctx: StageContext, model: Model, optimizer, shardings: TrainState):
+    """The newest good state and its position, or a fresh one that starts from the parent's parameters."""
+    init_key, run_key = jax.random.split(jax.random.key(ctx.seed))
+    like = jax.eval_shape(lambda k: init_state(model.init(k), optimizer, k), init_key)
+
+    def damaged(step, reason):
+        print(f"{stage.name}: checkpoint passed over: {reason}", file=sys.stderr)
+        write_event(ctx.dir, "damaged", step=step, reason=reason)
+
+    if found := checkpoint.restore(ctx.dir, like, shardings, on_damaged=damaged):
+        if jax.process_index() == 0:
+            write_event(ctx.dir, "restore", **found[1])
+        return found
+    if stage.init:
+        folder, step = ctx.parent(stage.init)
+        params = checkpoint.load_params(folder, step, like.params, shardings.params)
+    else:
+        params = jax.jit(model.init, out_shardings=shardings.params)(init_key)
+    start = jax.jit(lambda p, k: init_state(p, optimizer, k), out_shardings=shardings, donate_argnums=0)
+    return start(params, run_key), {"step": 0, "tokens": 0}
+
+
+def load_model_params(model: Model, folder: Path, step: int | None, mesh):
+    """The parameters of a trained stage, laid out on `mesh`."""
+    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    return checkpoint.load_params(folder, step, shapes, param_shardings(model.axes(), shapes, mesh))
+
+
+def read_model_config(folder: Path) -> ModelConfig:
+    """The architecture in a run directory. Raises ConfigError where it has none."""
+    path = Path(folder) / "model.json"
+    if not path.is_file():
+        raise ConfigError(f"{folder} holds no model.json; name the folder of an LM or PM stage")
+    return config_from_json(json.loads(path.read_text()))
+
+
+def describe_folder(folder: Path, config: ModelConfig, tokenizer, source, seed: int) -> None:
+    """model.json, the tokenizer, and the first batch as text: what `hhjax show --samples` prints."""
+    (folder / "model.json").write_text(json.dumps(config_to_json(config), indent=1) + "\n")
+    tokenizer.save(folder)
+    (folder / "samples").mkdir(exist_ok=True)
+    rows = list(sample_rows(source.batch(seed, 0, Host()), tokenizer))
+    (folder / "samples" / "train.jsonl").write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows))
+
+
+def sample_rows(batch: Batch, tokenizer) -> Iterator[dict]:
+    """The first rows of a batch as text, with their lengths in tokens."""
+    parts = {"chosen": batch.chosen, "rejected": batch.rejected} if isinstance(batch, Pairs) else {"tokens": batch}
+    for i in range(min(SAMPLE_ROWS, batch_shape(batch)[0])):
+        for name, rows in parts.items():
+            prompt, length = int(rows.prompt_len[i]), int(rows.length[i])
+            ids = np.asarray(rows.tokens[i]).tolist()
+            text = {"prompt": tokenizer.decode(ids[:prompt]), "text": tokenizer.decode(ids[prompt:length])}
+            yield {"row": i, "part": name, "prompt_len": prompt, "length": length, **text}
+
+
+# Data -----------------------------------------------------------------------------------------------------------------
+
+
+def load_sources(stage: Training, ctx: StageContext, tokenizer):
+    """The training rows, and at most `eval_rows` held-out ones. The counts go to events.jsonl and the console."""
+    if isinstance(stage, PM):
+        data = local_data(stage, ctx)
+        (train, report), (test, _) = (load_comparisons(data, split, ctx.data_dir) for split in ("train", "test"))
+        source, held_out = (PairSource(rows, tokenizer, stage.seq_len, stage.batch_size) for rows in (train, test))
+        details = {"report": str(report), "truncated": source.truncated, "too_long": source.too_long}
+    else:
+        train, test = (load_documents(stage.data, ctx.data_dir, split) for split in ("train", "test"))
+        source, held_out = (LMSource(docs, tokenizer, stage.seq_len, stage.batch_size) for docs in (train, test))
+        details = {"documents": len(train)}
+    if jax.process_index() == 0:
+        write_event(ctx.dir, "data", rows=source.size, held_out=held_out.size, **details)
+        print(f"{stage.name}: {source.size} rows, {held_out.size} held out, {source.steps_per_epoch} steps an epoch")
+    return source, held_out
+
+
+def local_data(stage: Training, ctx: StageContext):
+    """The stage's data with sources that are stages replaced by the files those wrote."""
+    made = {ref: str(folder / "comparisons.jsonl.gz") for ref, folder in ctx.parents.items()}
+    return replace(stage.data, sources=tuple(made.get(s, s) for s in stage.data.sources))
+
+
+def total_steps(stage: Training, source) -> int:
+    """Updates in all. Raises DataError where the data fills no batch."""
+    return stage.steps if stage.steps is not None else max(1, round(stage.epochs * source.steps_per_epoch))
+
+
+def prefetch(source, seed: int, start: int, stop: int) -> Iterator[Batch]:
+    """This host's batches of steps start..stop-1, each made while the one before is in use."""
+    host = this_host()
+    with ThreadPoolExecutor(1) as pool:
+        coming = pool.submit(source.batch, seed, start, host) if start < stop else None
+        for step in range(start, stop):
+            batch = coming.result()
+            coming = pool.submit(source.batch, seed, step + 1, host) if step + 1 < stop else None
+            yield batch
+
+
+def this_host() -> Host:
+    return Host(jax.process_index(), jax.process_count())
+
+
+def batch_shape(batch: Batch) -> tuple[int, int]:
+    """(examples, width in tokens)."""
+    return (batch.chosen if isinstance(batch, Pairs) else batch).tokens.shape
+
+
+def batch_work(stage: Training, config: ModelConfig, batch: Batch) -> tuple[int, float]:
+    """Real tokens of a global batch and the model FLOPs of an update on it, from this host's share."""
+    hosts = jax.process_count()
+    rows, width = batch_shape(batch)
+    if not isinstance(batch, Pairs):
+        return hosts * int(batch.length.sum()), roofline.lm_step_flops(config, hosts * rows, width)
+    tokens = int(batch.chosen.length.sum() + batch.rejected.length.sum())
+    lm_coef = getattr(stage.loss, "lm_coef", 0.0)
+    return hosts * tokens, roofline.pm_step_flops(config, hosts * 2 * rows, width, lm_coef)
+
+
+# Evaluation, watchdog -------------------------------------------------------------------------------------------------
+
+
+def make_evaluate(loss: LossFn, held_out, stage: Training, mesh):
+    """params -> the loss's metrics over at most `eval_rows` held-out rows, each counted once and with weight one."""
+    scored = jax.jit(lambda params, batch: loss(params, batch, jax.random.key(0)))
+
+    def evaluate(params) -> dict:
+        sums, total = {}, 0.0
+        for batch in held_out_batches(held_out, stage.eval_rows, stage.batch_size, this_host()):
+            value, metrics = jax.device_get(scored(params, put_batch(batch, mesh)))
+            weight = float(metrics.pop("weight"))
+            total += weight
+            for name, x in (metrics | {"loss": value}).items():
+                sums[name] = sums.get(name, 0.0) + weight * float(x)
+        return {name: s / max(total, 1e-9) for name, s in sums.items()}
+
+    return evaluate
+
+
+def held_out_batches(source, most: int, batch_size: int, host: Host) -> Iterator[Batch]:
+    """This host's batches of at most `most` rows spread evenly over `source`; the last is filled up with rows of no weight."""
+    rows = np.linspace(0, source.size - 1, min(most, source.size)).astype(int)
+    for start in range(0, len(rows), batch_size):
+        places = np.arange(start, start + batch_size)
+        mine = np.split(places, host.count)[host.index]
+        take = lambda at: rows[np.minimum(at, len(rows) - 1)]  # noqa: E731
+        yield only_real(source.take(take(mine), width_of=take(places)), mine < len(rows))
+
+
+def only_real(batch: Batch, is_real: np.ndarray) -> Batch:
+    """The batch with the rows that are not real out of every mean, and all others of weight one. is_real: [B] bool."""
+    if isinstance(batch, Pairs):
+        return batch._replace(weight=is_real.astype(np.float32))
+    return batch._replace(length=np.where(is_real, batch.length, batch.prompt_len))
+
+
+def compute_dtype(run: RunConfig) -> str:
+    """The dtype of matrix products that `run` means on this machine."""
+    return run.dtype if run.dtype != "auto" else "float32" if jax.default_backend() == "cpu" else "bfloat16"
+
+
+def is_due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def rearm_watchdog(seconds: float) -> None:
+    """Ends the process, with every thread's traceback, unless called again within `seconds`."""
+    if seconds:
+        faulthandler.dump_traceback_later(seconds, exit=True, file=sys.__stderr__)
+
+
+@contextlib.contextmanager
+def watchdog():
+    """Disarms the watchdog at the end, however it comes."""
+    try:
+        yield
+    finally:
+        faulthandler.cancel_dump_traceback_later()

@@ -1,0 +1,88 @@
+"""Preference modelling: Bradley-Terry on comparisons, with an optional language-model term."""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+from hhjax.objectives.lm import chunked_nll, next_tokens
+from hhjax.objectives.masked import weighted_mean
+from hhjax.types import LossFn, Model, Pairs, Tokens
+
+
+@dataclass(frozen=True)
+class PreferenceLoss:
+    """lm_coef: weight of the auxiliary language-model loss on the chosen dialogue (0: off).
+
+    Askell et al. 2021 add such a term in preference pretraining; Bai et al. 2022 do not state one.
+    lm_chunk: as LMLoss.chunk.
+    """
+
+    lm_coef: float = 0.0
+    lm_chunk: int = 128
+
+
+def preference_loss(chosen, rejected):
+    """log(1 + exp(rejected - chosen)) in nats: -log P(chosen wins) under Bradley-Terry.
+
+    chosen, rejected: [B] f32 scores. Returns [B]. Only the difference matters; log 2 at equal scores.
+    Bai et al. 2022 section 2.4; Askell et al. 2021.
+    """
+    return jax.nn.softplus(rejected - chosen)
+
+
+def preference_metrics(chosen, rejected, weight):
+    """Accuracy (a tie counts half), mean margin and mean scores, weighted by the pairs' loss weights."""
+    margin = chosen - rejected
+    return {
+        "accuracy": weighted_mean((margin > 0) + 0.5 * (margin == 0), weight),
+        "margin": weighted_mean(margin, weight),
+        "chosen_score": weighted_mean(chosen, weight),
+        "rejected_score": weighted_mean(rejected, weight),
+        "weight": jnp.sum(weight),
+    }
+
+
+def both_rows(pairs: Pairs) -> Tokens:
+    """Chosen and rejected rows of a pair side by side as one batch of 2B rows, so that neither crosses a shard."""
+    side_by_side = lambda c, r: jnp.stack([c, r], 1).reshape(-1, *c.shape[1:])  # noqa: E731
+    return jax.tree.map(side_by_side, pairs.chosen, pairs.rejected)
+
+
+def end_scores(model: Model, params, rows: Tokens, hidden=None):
+    """The scalar head read at each row's last token, the end-of-context token. Returns [B] f32."""
+    if hidden is None:
+        hidden, _ = model.apply(params, rows.tokens)
+    last = jnp.take_along_axis(hidden, (rows.length - 1)[:, None, None], axis=1)[:, 0]
+    return model.score(params, last)
+
+
+def pair_scores(model: Model, params, pairs: Pairs):
+    """(chosen [B], rejected [B]) scores and the hidden states [B, 2, T, D] they were read from."""
+    rows = both_rows(pairs)
+    hidden, _ = model.apply(params, rows.tokens)
+    scores = end_scores(model, params, rows, hidden).reshape(-1, 2)
+    return scores[:, 0], scores[:, 1], hidden.reshape(-1, 2, *hidden.shape[1:])
+
+
+def preference_objective(model: Model, cfg: PreferenceLoss = PreferenceLoss()) -> LossFn:
+    """The mean preference loss over `Pairs`, plus `lm_coef` x the chosen dialogues' mean nats per token.
+
+    The language-model term is a mean over pairs of each row's mean, with the pairs' weights,
+    so that micro-batches combine exactly.
+    """
+
+    def loss(params, batch: Pairs, key):
+        del key
+        chosen, rejected, hidden = pair_scores(model, params, batch)
+        total = weighted_mean(preference_loss(chosen, rejected), batch.weight)
+        metrics = preference_metrics(chosen, rejected, batch.weight) | {"pm_loss": total}
+        if cfg.lm_coef:
+            whole = batch.chosen._replace(prompt_len=jnp.zeros_like(batch.chosen.prompt_len))
+            targets, mask = next_tokens(whole)
+            nll, _ = chunked_nll(model, params, hidden[:, 0], targets, mask, cfg.lm_chunk)
+            lm = weighted_mean(nll / jnp.maximum(jnp.sum(mask, -1), 1), batch.weight)
+            total, metrics = total + cfg.lm_coef * lm, metrics | {"lm_loss": lm}
+        return total, metrics
+
+    return loss

@@ -1,0 +1,121 @@
+"""Where arrays live: the device mesh, the one table of axis rules, and shardings made from them."""
+
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
+
+AXES = ("data", "fsdp", "tensor")
+
+# Logical axis of an array -> mesh axes that split it. Every sharding of the project follows from this table.
+RULES = {
+    "batch": ("data", "fsdp"),
+    "vocab": "tensor",
+    "embed": "fsdp",
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "mlp": "tensor",
+    "layers": None,
+    "length": None,
+    "head_dim": None,
+}
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each mesh axis; -1 (one axis at most) takes what the others leave."""
+
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+
+
+def make_mesh(cfg: MeshConfig = MeshConfig(), devices=None) -> Mesh:
+    """A data x fsdp x tensor mesh over `devices` (all of them by default).
+
+    Raises ValueError when the sizes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = [cfg.data, cfg.fsdp, cfg.tensor]
+    if sizes.count(-1) > 1 or any(n < 1 and n != -1 for n in sizes):
+        raise ValueError(f"mesh {dict(zip(AXES, sizes))}: sizes are positive, and one of them may be -1")
+    fixed = int(np.prod([n for n in sizes if n != -1]))
+    if -1 in sizes and len(devices) % fixed == 0:
+        sizes[sizes.index(-1)] = len(devices) // fixed
+    if -1 in sizes or int(np.prod(sizes)) != len(devices):
+        raise ValueError(
+            f"mesh {dict(zip(AXES, sizes))} does not fill {len(devices)} devices; "
+            f"choose sizes whose product is {len(devices)}, or -1 for one of them"
+        )
+    # Auto, because make_mesh's default (Explicit) refuses sharding constraints inside jit.
+    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+
+
+def spec(axes: tuple[str | None, ...]) -> P:
+    """The PartitionSpec of an array whose dimensions have these logical axes; KeyError on an unknown axis."""
+    return P(*(None if name is None else RULES[name] for name in axes))
+
+
+def gathered_spec(axes: tuple[str | None, ...]) -> P:
+    """As `spec`, with the fsdp split undone: how a weight is used, one layer at a time."""
+    return P(*(None if RULES.get(name) == "fsdp" else RULES.get(name) for name in axes))
+
+
+def param_shardings(axes, shapes, mesh: Mesh):
+    """NamedShardings for a tree of parameters.
+
+    axes: tree of tuples of logical axis names. shapes: matching tree with `.shape`.
+    Raises ValueError naming the parameter and the axis where a dimension does not
+    divide or two dimensions want one mesh axis.
+    """
+
+    def one(path, names, leaf):
+        where, used = jax.tree_util.keystr(path), set()
+        for name, size in zip(names, leaf.shape, strict=True):
+            rule = RULES[name] if name else None
+            for axis in (rule,) if isinstance(rule, str) else rule or ():
+                if axis in used and mesh.shape[axis] > 1:
+                    raise ValueError(f"parameter {where} {names}: two dimensions want the mesh axis {axis!r}")
+                used.add(axis)
+                if size % mesh.shape[axis]:
+                    raise ValueError(
+                        f"parameter {where}: axis {name!r} of size {size} is not divisible by "
+                        f"{axis}={mesh.shape[axis]}; choose a mesh whose {axis} divides it"
+                    )
+        return NamedSharding(mesh, spec(names))
+
+    return jax.tree_util.tree_map_with_path(one, axes, shapes, is_leaf=is_axes)
+
+
+def is_axes(x) -> bool:
+    """True for a leaf of an axes tree: a plain tuple of names."""
+    return type(x) is tuple and all(n is None or isinstance(n, str) for n in x)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, P())
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """The leading axis over data and fsdp, the rest whole."""
+    return NamedSharding(mesh, P(RULES["batch"]))
+
+
+def batch_ways(mesh: Mesh) -> int:
+    """How many shards the batch axis has."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def check_batch(batch_size: int, mesh: Mesh) -> None:
+    """Raises ValueError unless `batch_size` rows divide over data*fsdp."""
+    ways = batch_ways(mesh)
+    if batch_size % ways:
+        near = sorted({max(ways, batch_size // ways * ways), (batch_size // ways + 1) * ways})
+        raise ValueError(f"batch {batch_size} is not divisible by data*fsdp={ways}; use {' or '.join(map(str, near))}")
+
+
+def put_batch(batch, mesh: Mesh):
+    """This process's share of a global batch (numpy leaves) -> global arrays split over data and fsdp."""
+    sharding = batch_sharding(mesh)
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), batch)

@@ -1,0 +1,60 @@
+"""What travels between the rooms of the house: batches, the model record, the loss signature."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+
+Array = jax.Array
+Key = jax.Array
+Params = Any  # a pytree of arrays
+Batch = Any  # a pytree of arrays with a leading batch axis
+Metrics = dict[str, Array]  # scalars; "weight" says how many items the loss is a mean of
+
+LossFn = Callable[[Params, Batch, Key], tuple[Array, Metrics]]
+
+
+class Tokens(NamedTuple):
+    """Right-padded rows of token ids, the one batch layout of the project.
+
+    tokens: [B, T] int32. prompt_len, length: [B] int32 with prompt_len <= length <= T;
+    positions count from 0, `tokens[b, prompt_len[b]:length[b]]` is the part that
+    a loss may look at, and everything from `length` on is `<pad>`.
+    """
+
+    tokens: Array
+    prompt_len: Array
+    length: Array
+
+
+class Pairs(NamedTuple):
+    """Comparisons: two rows that share their prompt, and the loss weight of the pair.
+
+    chosen, rejected: Tokens of equal [B, T], each row ending in `<eoc>`.
+    weight: [B] f32, Bai et al. 2022 section 5.1.2's lambda for harmless pairs, else 1.
+    """
+
+    chosen: Tokens
+    rejected: Tokens
+    weight: Array
+
+
+class Model(NamedTuple):
+    """A decoder as a record of pure functions; nobody outside `model/` sees flax.
+
+    init(key) -> params
+    apply(params, tokens [B, T], positions [B, T] | None, mask [B, T] | None, cache | None)
+        -> (hidden [B, T, D], cache | None)
+    logits(params, hidden [..., D]) -> [..., V] f32
+    score(params, hidden [..., D]) -> [...] f32, the scalar head
+    axes() -> a pytree like params of logical axis names, for `sharding.py`
+    init_cache(batch, length) -> an empty key/value cache
+    """
+
+    config: Any
+    init: Callable
+    apply: Callable
+    logits: Callable
+    score: Callable
+    axes: Callable
+    init_cache: Callable
