@@ -1,6 +1,7 @@
 """The `hhjax` command: run, sweep, ls, show, check-data, tokenizer train, bench."""
 
 import json
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -38,7 +39,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         print(f"error: unknown command {argv[0]!r}{nearest(argv[0], COMMANDS)}", file=sys.stderr)
         sys.exit(2)
-    sys.exit(exit_code(lambda: COMMANDS[argv[0]](argv[1:])))
+    try:
+        code = exit_code(lambda: COMMANDS[argv[0]](argv[1:]))
+        sys.stdout.flush()
+    except BrokenPipeError:  # `hhjax show RUN | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
+    sys.exit(code)
 
 
 def run(argv: Sequence[str]) -> int:

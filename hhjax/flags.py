@@ -19,6 +19,7 @@ from hhjax.fields import ConfigError, nearest
 
 # A bool of a stage takes a value, as every --STAGE.path does; a top-level bool is a switch.
 VALUED = tyro.conf.FlagConversionOff
+SWITCHES = (tyro.conf.FlagCreatePairsOff,)
 
 
 @dataclass(frozen=True)
@@ -65,16 +66,19 @@ def parse(argv: Sequence[str], prog: str, extra: type | None = None) -> tuple[Co
     tops = {"launch": LaunchConfig} | ({"extra": extra} if extra else {}) | {"file": file_options(module)}
     top = [f for cls in tops.values() for f in plain_fields(cls) if f[0] != "fast" or cls is LaunchConfig]
     # Which stages there are may depend on the file's own flags, so those are read first.
-    early, _ = tyro.cli(make_dataclass("Flags", top), args=without_help(rest), return_unknown_args=True)
+    early, _ = tyro.cli(make_dataclass("Flags", top), args=without_help(rest), config=SWITCHES, return_unknown_args=True)
     found = as_runs(module.RUNS if hasattr(module, "RUNS") else module.runs(**picked(tops["file"], early)))
     if not found:
         raise ConfigError(f"{file} defines no runs")
     first = found[0].experiment
     stages = [(s.name, cls := flags_class(s), field(default_factory=cls)) for s in first.stages]
     flags = tyro.cli(
-        make_dataclass("Flags", top + stages), args=rest, prog=f"{prog} {file}", description=module.__doc__ or "",
-        config=(tyro.conf.OmitSubcommandPrefixes,),
-    )  # fmt: skip
+        make_dataclass("Flags", top + stages),
+        args=rest,
+        prog=f"{prog} {file}",
+        description=module.__doc__ or "",
+        config=SWITCHES,
+    )
     launch = LaunchConfig(**picked(LaunchConfig, flags))
     changes = {path: value_at(flags, path) for path in given_paths(rest)}
     changes |= {"seed": launch.seed} if launch.seed is not None else {}

@@ -1,4 +1,4 @@
-"""Human comparisons: rows of any common layout into (prompt, chosen, rejected), mixtures, and their train/test split."""
+"""Human comparisons: rows of any common layout as (prompt, chosen, rejected), their mixtures and their split."""
 
 import hashlib
 import logging
@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from hhjax.data.records import DataError, DataReport, Malformed, is_record_file, read_records
-from hhjax.data.sources import Source, find_source
+from hhjax.data.sources import find_data_dir, find_source
 from hhjax.data.transcripts import (ASSISTANT, HUMAN, OPEN_REPLY, Turn, canonical, has_marker, parse_transcript, render,
                                     split_pair)
 
@@ -121,12 +121,12 @@ def load_comparisons(data: ComparisonData, split: str = "train",
     if not rows:
         raise DataError(f"{', '.join(data.sources)}: no {split} rows; {report}")
     report.notes.append(f"{split}: {len(rows):,} comparisons")
-    for note in report.notes:
-        log.info(note)
+    log.info("%s", report)
     return rows, report
 
 
-def mix(groups: Sequence[Sequence[Comparison]], shares: Sequence[float] = (), limit: int | None = None) -> list[Comparison]:
+def mix(groups: Sequence[Sequence[Comparison]], shares: Sequence[float] = (),
+        limit: int | None = None) -> list[Comparison]:
     """Rows of all groups in the proportion of `shares` (empty: of their sizes), each group in a fixed random order.
 
     Row k of a group stands at (k + 1/2) / share and rows are taken in that order, so
@@ -258,7 +258,7 @@ def _or_malformed(function, *arguments):
 
 def _read_sides(data: ComparisonData, data_dir) -> tuple[list, list, DataReport]:
     """(train rows of each source, test rows of each source, report)."""
-    train, test, report = [], [], DataReport()
+    train, test, report = [], [], DataReport(notes=[find_data_dir(data_dir)[1]])
     for number, name in enumerate(data.sources):
         source = find_source(name, data_dir)
         weight = data.loss_weights[number] if data.loss_weights else 1.0
@@ -300,8 +300,8 @@ def _without_overlap(train: list, test: list, overlap: str, report: DataReport) 
 
 
 def _in_half(rows: list[Comparison], half: str | None) -> list[Comparison]:
-    """Half of the openings; the bit is taken above the fold's remainder, so that the two are independent."""
-    return rows if half is None else [row for row in rows if opening_hash(row.prompt) // FOLDS % 2 == "AB".index(half)]
+    """Half of the openings, by the parity of their hash, which is independent of its remainder by 5."""
+    return rows if half is None else [row for row in rows if opening_hash(row.prompt) % 2 == "AB".index(half)]
 
 
 def _permuted(rows: Sequence, seed: int) -> list:

@@ -60,7 +60,7 @@ class DataReport:
     def require_clean(self) -> None:
         """Raise DataError if any row was skipped: what `strict` asks for."""
         if self.skipped:
-            raise DataError(f"malformed rows, and strict was asked for: repair them, or skip them without strict\n{self}")
+            raise DataError(f"malformed rows under strict: repair them, or leave strict out to skip them\n{self}")
 
     def __add__(self, other: "DataReport") -> "DataReport":
         return DataReport(self.read + other.read, self.kept + other.kept,

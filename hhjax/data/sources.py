@@ -26,6 +26,8 @@ EVALUATION_SETS = ("hhh-alignment", "truthfulqa", "humaneval", "bbq", "mmlu", "h
 DOCUMENT_CHARS = 4000
 VALIDATION_SHARE = 50  # one document in 50 is held out
 
+_LEFT_OUT = ("austen-emma.raw.txt.gz",)  # the same book as austen-emma.txt.gz
+
 log = logging.getLogger("hhjax.data")
 
 
@@ -44,7 +46,7 @@ class Document(NamedTuple):
     turns: tuple[Turn, ...] | None = None
 
 
-class Source(NamedTuple):
+class SourceFiles(NamedTuple):
     """The files of a comparison source; `line` says which. test is empty where the fold rule has to split `train`."""
 
     name: str
@@ -81,7 +83,7 @@ def hub_repo() -> str:
     return os.environ.get("HHJAX_HH_REPO", HH_REPO)
 
 
-def find_source(name: str, data_dir: str | Path | None = None) -> Source:
+def find_source(name: str, data_dir: str | Path | None = None) -> SourceFiles:
     """The files of a comparison source, by tranche name or path (as given, or inside the data folder).
 
     A tranche is read from its official files where the training one is there, else from
@@ -89,16 +91,11 @@ def find_source(name: str, data_dir: str | Path | None = None) -> Source:
     test rows never meet the split's training rows. A folder holds train and test files; a lone
     file is split by fold. Raises DataError if there is nothing, or no comparisons in it.
     """
-    folder, line = find_data_dir(data_dir)
+    folder, _ = find_data_dir(data_dir)
     if name == RED_TEAM:
         raise DataError(f"{RED_TEAM} holds rated transcripts, not comparisons: use it as text (its Human turns), "
                         f"and one of {', '.join(COMPARISONS)} here")
-    if name in COMPARISONS:
-        source = _tranche(name, folder)
-    else:
-        source = _at_path(name, _find_path(name, folder))
-    log.info("%s: %s; %s", name, source.line, line)
-    return source
+    return _tranche(name, folder) if name in COMPARISONS else _at_path(name, _find_path(name, folder))
 
 
 def data_files(data, data_dir: str | Path | None = None) -> list[Path]:
@@ -113,10 +110,12 @@ def load_documents(data: TextData, data_dir: str | Path | None = None, split: st
     """The documents of `data`, in source order; "test" is the one in 50 that its own hash holds out.
 
     Books are cut into documents of about 4,000 characters; tokenised prose is lightly
-    detokenised. Of an HH tranche only the Human turns are taken: its replies are never a target.
+    detokenised. Of an HH tranche only the Human turns of the training file (fold 0's, where it is
+    split by fold) are taken: its replies are never a target.
     """
     if split not in ("train", "test"):
         raise DataError(f"split {split!r}: use 'train' or 'test'")
+    log.info("%s", find_data_dir(data_dir)[1])
     files = ((name, file) for name in data.sources for file in _text_files(name, data_dir))
     documents = [document for name, file in files for document in _read_text(name, file)]
     side = [doc for doc in documents if (_hash(doc.text) % VALIDATION_SHARE == 0) == (split == "test")]
@@ -155,16 +154,18 @@ def cut(text: str, size: int = DOCUMENT_CHARS) -> Iterator[str]:
 # The HH tranches.
 
 
-def _tranche(name: str, folder: Path | None) -> Source:
+def _tranche(name: str, folder: Path | None) -> SourceFiles:
     if folder:
         official, split = folder / "hh-rlhf" / name, folder / "hh-rlhf-split" / name
-        if _part(official, "train") and _part(official, "test"):
-            return Source(name, _part(official, "train"), _part(official, "test"), f"official train and test files in {official}")
-        if _part(split, "train") and _part(split, "test"):
-            files = _part(split, "train") + _part(split, "test")
-            return Source(name, files, (), f"official test rows in {split}, split by fold")
-    folder = download(name)
-    return Source(name, _part(folder, "train"), _part(folder, "test"), f"official train and test files of {hub_repo()}, kept in {folder}")
+        train, test = _part(official, "train"), _part(official, "test")
+        if train and test:
+            return SourceFiles(name, train, test, f"official train and test files in {official}")
+        train, test = _part(split, "train"), _part(split, "test")
+        if train and test:
+            return SourceFiles(name, train + test, (), f"official test rows in {split}, split by fold")
+    kept = download(name)
+    line = f"official files of {hub_repo()}, kept in {kept}"
+    return SourceFiles(name, _part(kept, "train"), _part(kept, "test"), line)
 
 
 def _part(folder: Path, part: str) -> tuple[Path, ...]:
@@ -223,22 +224,23 @@ def _find_path(name: str, folder: Path | None) -> Path:
     path = next((path for path in candidates if path.exists()), None)
     if path is None:
         where = f" or in {folder}" if folder else "; set HHJAX_DATA or --data-dir to the data folder"
-        raise DataError(f"no data {name!r} here{where}; names known: {', '.join((*TRANCHES, *_READERS))}; or give a path")
+        known = ", ".join((*TRANCHES, *_READERS))
+        raise DataError(f"no data {name!r} here{where}; names known: {known}; or give a path")
     if evaluation := set(path.parts) & set(EVALUATION_SETS):
         raise DataError(f"{name} is part of {evaluation.pop()}, which is for evaluation only: leave it out of training")
     return path
 
 
-def _at_path(name: str, path: Path) -> Source:
+def _at_path(name: str, path: Path) -> SourceFiles:
     if path.is_file():
-        return Source(name, (path,), (), f"{path}, split by fold")
+        return SourceFiles(name, (path,), (), f"{path}, split by fold")
     train, test = _part(path, "train"), _part(path, "test")
     if train and test:
-        return Source(name, train, test, f"train and test files in {path}")
+        return SourceFiles(name, train, test, f"train and test files in {path}")
     files = _part(path, "comparisons") or tuple(sorted(filter(is_record_file, path.iterdir())))
     if not files:
         raise DataError(f"{path} holds no comparison file: put train.jsonl and test.jsonl there, or name a file")
-    return Source(name, files, (), f"{', '.join(file.name for file in files)} in {path}, split by fold")
+    return SourceFiles(name, files, (), f"{', '.join(file.name for file in files)} in {path}, split by fold")
 
 
 # Text.
@@ -259,9 +261,6 @@ def _text_files(name: str, data_dir: str | Path | None) -> tuple[Path, ...]:
     if not files:
         raise DataError(f"{path} holds no text file: .txt, .jsonl, .json, .parquet (or .gz), .zip")
     return tuple(files)
-
-
-_LEFT_OUT = ("austen-emma.raw.txt.gz",)  # the same book as austen-emma.txt.gz
 
 
 def _is_text(path: Path) -> bool:

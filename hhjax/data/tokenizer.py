@@ -85,13 +85,14 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, out_dir: str | Path |
     try:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(lines), model_writer=model, vocab_size=vocab_size, model_type=kind,
-            pad_id=0, pad_piece=PAD, eos_id=1, eos_piece=EOT, control_symbols=[EOC], unk_id=3, unk_piece="<unk>", bos_id=-1,
-            user_defined_symbols=list(_PIECES), byte_fallback=True, normalization_rule_name="identity",
-            add_dummy_prefix=False, remove_extra_whitespaces=False, allow_whitespace_only_pieces=True, split_digits=True,
-            max_sentence_length=1 << 16, num_threads=4, minloglevel=2)  # a thread count of its own: sums depend on it
+            pad_id=0, pad_piece=PAD, eos_id=1, eos_piece=EOT, control_symbols=[EOC], unk_id=3, unk_piece="<unk>",
+            bos_id=-1, user_defined_symbols=list(_PIECES), byte_fallback=True, split_digits=True,
+            normalization_rule_name="identity", add_dummy_prefix=False, remove_extra_whitespaces=False,
+            allow_whitespace_only_pieces=True, max_sentence_length=1 << 16, minloglevel=2,
+            num_threads=4)  # the same on every machine: sums depend on it
     except RuntimeError as error:
-        raise DataError(f"vocab {vocab_size} does not suit these {len(lines):,} lines of text; use another size, at "
-                        f"least 300, or more text ({str(error).rsplit('] ', 1)[-1]})") from None
+        raise DataError(f"vocab {vocab_size} does not suit these {len(lines):,} lines of text: use another size or "
+                        f"more text ({str(error).rsplit('] ', 1)[-1]})") from None
     tokenizer = _sentencepiece(model.getvalue(), "the trained model")
     if out_dir is not None:
         tokenizer.save(out_dir)

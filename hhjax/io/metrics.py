@@ -128,7 +128,9 @@ class Console:
         self.began = self.began or (time.monotonic(), row["step"])
         line = console_line(self.name, self.total, row, self.eta(row["step"]), self.saved)
         if self.live:
-            self.live.update(line, refresh=True)
+            from rich.text import Text
+
+            self.live.update(Text(line, no_wrap=True, overflow="ellipsis"), refresh=True)
         else:
             print(line, file=self.stream, flush=True)
 

@@ -24,7 +24,8 @@ class Progress:
         self.metrics = MetricsWriter(ctx.dir, start) if first else NullWriter()
         self.console = Console(name, total) if first else NullConsole()
         self.held = None
-        self.begin_interval()
+        self.interval_began, self.interval_excluded = time.perf_counter(), 0.0
+        self.interval_tokens, self.interval_flops = 0, 0.0
 
     def count(self, tokens: int, flops: float, timed: bool = True) -> None:
         """Adds an update's work; with timed=False it counts as seen but not in the rates."""
@@ -34,18 +35,19 @@ class Progress:
             self.interval_flops += flops
 
     def hold(self, step: int, metrics: dict) -> None:
-        """Keeps a step's metrics, still on the device, until `flush`."""
-        self.held = (step, metrics, self.tokens)
+        """Keeps a step's metrics, still on the device, and the work since the last row, until `flush`."""
+        self.held = (step, metrics, self.tokens, self.interval_tokens, self.interval_flops)
+        self.interval_tokens, self.interval_flops = 0, 0.0
 
     def flush(self) -> None:
         """Writes the row that is held, which waits for its step. Raises Diverged on a loss that is not finite."""
         if self.held is None:
             return
-        (step, metrics, tokens), self.held = self.held, None
-        row = {name: float(x) for name, x in jax.device_get(metrics).items()} | {"tokens": tokens} | self.rates()
+        (step, metrics, tokens, *work), self.held = self.held, None
+        row = {name: float(x) for name, x in jax.device_get(metrics).items()} | {"tokens": tokens} | self.rates(*work)
+        self.interval_began, self.interval_excluded = time.perf_counter(), 0.0
         self.console.show(self.metrics.write(step, row))
         self.require_finite(step, row)
-        self.begin_interval()
 
     def evaluation(self, step: int, results: dict) -> None:
         """Writes a row of held-out metrics, named eval/...; the step's own row has been flushed."""
@@ -68,26 +70,20 @@ class Progress:
         if jax.process_index() == 0:
             write_event(self.ctx.dir, event, **details)
 
-    def rates(self) -> dict:
-        """tokens_per_s and flops_per_s of this interval, and the share of the ceiling; {} where it holds only untimed steps."""
+    def rates(self, tokens: int, flops: float) -> dict:
+        """Work over the time since the last row, and the share of the ceiling; {} where nothing was timed."""
         seconds = time.perf_counter() - self.interval_began - self.interval_excluded
-        if not self.interval_tokens or seconds <= 0:
+        if not tokens or seconds <= 0:
             return {}
-        flops_per_s = self.interval_flops / seconds
-        rate = {"seconds": seconds, "tokens_per_s": self.interval_tokens / seconds, "flops_per_s": flops_per_s}
-        return rate | {"share_of_ceiling": flops_per_s / self.ceiling}
-
-    def begin_interval(self) -> None:
-        self.interval_began, self.interval_excluded = time.perf_counter(), 0.0
-        self.interval_tokens, self.interval_flops = 0, 0.0
+        rate = {"seconds": seconds, "tokens_per_s": tokens / seconds, "flops_per_s": flops / seconds}
+        return rate | {"share_of_ceiling": flops / seconds / self.ceiling}
 
     @contextlib.contextmanager
     def excluded(self):
         """What happens inside is no part of the rates."""
-        began, interval = time.perf_counter(), self.interval_began
+        began = time.perf_counter()
         yield
-        if interval == self.interval_began:
-            self.interval_excluded += time.perf_counter() - began
+        self.interval_excluded += time.perf_counter() - began
 
     def close(self) -> None:
         self.metrics.close()

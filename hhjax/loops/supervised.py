@@ -205,8 +205,8 @@ def load_sources(stage: Training, ctx: StageContext, tokenizer):
 
 def local_data(stage: Training, ctx: StageContext):
     """The stage's data with sources that are stages replaced by the files those wrote."""
-    made = {ref: str(folder / "comparisons.jsonl.gz") for ref, folder in ctx.parents.items()}
-    return replace(stage.data, sources=tuple(made.get(s, s) for s in stage.data.sources))
+    sources = (f"{ctx.parents[s]}/comparisons.jsonl.gz" if s in ctx.parents else s for s in stage.data.sources)
+    return replace(stage.data, sources=tuple(sources))
 
 
 def total_steps(stage: Training, source) -> int:

@@ -26,7 +26,7 @@ def make_train_step(loss: LossFn, optimizer: optax.GradientTransformation, micro
             value, metrics, grads = accumulate(grad_fn, state.params, batch, key, micro_batches)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        metrics = metrics | {"loss": value, "grad_norm": optax.global_norm(grads)}
+        metrics = metrics | {"loss": value, "grad_norm": optax.tree.norm(grads)}
         return TrainState(state.step + 1, params, opt_state, state.key), metrics
 
     return train_step

@@ -17,7 +17,8 @@ def sentence(rng: random.Random, low: int = 3, high: int = 12) -> str:
 
 def comparison(number: int, rng: random.Random) -> Comparison:
     prompt = "".join(f"\n\nHuman: {sentence(rng)}\n\nAssistant: {sentence(rng)}" for _ in range(rng.randint(0, 3)))
-    return Comparison(f"{prompt}\n\nHuman: Question {number}?\n\nAssistant:", sentence(rng, 1, 30), sentence(rng, 1, 30))
+    prompt += f"\n\nHuman: Question {number}?\n\nAssistant:"
+    return Comparison(prompt, sentence(rng, 1, 30), sentence(rng, 1, 30))
 
 
 @pytest.fixture(scope="session")

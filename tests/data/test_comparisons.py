@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hhjax.data.comparisons import (Comparison, ComparisonData, check_data, load_comparisons, mix, opening, opening_hash,
-                                    read_comparisons, to_comparison)
+from hhjax.data.comparisons import (Comparison, ComparisonData, check_data, load_comparisons, mix, opening,
+                                    opening_hash, read_comparisons, to_comparison)
 from hhjax.data.records import DataError, Malformed
 
 PROMPT = "\n\nHuman: Hi\n\nAssistant:"
@@ -73,7 +73,8 @@ def test_a_system_message_goes_before_the_first_human_text():
     ({"prompt": "", "chosen": "yes", "rejected": "no"}, "empty prompt"),
     ({"prompt": PROMPT + " done", "chosen": "yes", "rejected": "no"}, "the prompt ends in an Assistant turn"),
     ({"prompt": "Once\n\nHuman: Hi", "chosen": "yes", "rejected": "no"}, "text before the first turn"),
-    ({"prompt": "Hi", "chosen": PROMPT + " yes", "rejected": "no"}, "one reply repeats the prompt and the other does not"),
+    ({"prompt": "Hi", "chosen": PROMPT + " yes", "rejected": "no"},
+     "one reply repeats the prompt and the other does not"),
     ({"prompt": "Hi", "chosen": "\ud800", "rejected": "no"}, "invalid UTF-8"),
     ({"prompt": "Hi", "chosen": "x" * (1 << 20), "rejected": "no"}, "row over 1 MB")])
 def test_malformed_rows_say_why(bad, reason):
@@ -101,8 +102,9 @@ def test_check_data_reports_a_folder_without_its_contents(tmp_path):
     assert "2 files" in str(report) and "a.jsonl:2" in str(report) and "SECRET" not in str(report)
     with pytest.raises(DataError):
         check_data(tmp_path, strict=True)
+    (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="no comparison file"):
-        check_data(write(tmp_path / "x" / "a.txt", []).rsplit("/", 1)[0])
+        check_data(tmp_path / "empty")
 
 
 def test_opening_hash_is_the_rule_of_the_data():
@@ -156,7 +158,8 @@ def test_a_file_and_a_folder_by_path(house, tmp_path):
     file = write(tmp_path / "mine.jsonl", map(row, range(50)))
     train, test = (load_comparisons(ComparisonData((file,)), split, house)[0] for split in ("train", "test"))
     assert sorted(numbers(train) + numbers(test)) == list(range(50)) and test
-    assert numbers(load_comparisons(ComparisonData(("hh-rlhf/harmless-base",)), "test", house)[0]) == list(range(140, 150))
+    inside = ComparisonData(("hh-rlhf/harmless-base",))
+    assert numbers(load_comparisons(inside, "test", house)[0]) == list(range(140, 150))
 
 
 def test_an_opening_on_both_sides_is_an_error_or_is_dropped(house, tmp_path):
@@ -170,7 +173,8 @@ def test_an_opening_on_both_sides_is_an_error_or_is_dropped(house, tmp_path):
 
 
 def test_halves_are_disjoint_and_leave_the_test_side_alone(house):
-    halves = {half: numbers(load_comparisons(ComparisonData(half=half), "train", house)[0]) for half in ("A", "B", None)}
+    halves = {half: numbers(load_comparisons(ComparisonData(half=half), "train", house)[0])
+              for half in ("A", "B", None)}
     assert not set(halves["A"]) & set(halves["B"])
     assert sorted(halves["A"] + halves["B"]) == sorted(halves[None])
     assert min(len(halves["A"]), len(halves["B"])) > 30
@@ -184,6 +188,8 @@ def test_shares_weights_and_limit(house):
     counts = [sum(each.source == name for each in rows) for name in data.sources]
     assert counts == [30, 10]
     assert {(each.source, each.weight) for each in rows} == {("helpful-base", 1.0), ("harmless-base", 0.5)}
+    uneven = load_comparisons(ComparisonData(shares=(1, 4)), "train", house)[0]
+    assert [sum(each.source == name for each in uneven) for name in data.sources] == [10, 40]
     only = load_comparisons(ComparisonData(shares=(0, 1)), "train", house)[0]
     assert {each.source for each in only} == {"harmless-base"}
     with pytest.raises(DataError, match="limit 1000 rows"):
@@ -204,7 +210,8 @@ def test_mixtures_nest_and_keep_their_shares(sizes, small, more):
 
 
 @pytest.mark.parametrize("wrong, message", [
-    ({"shares": (1,)}, "shares"), ({"loss_weights": (1, -1)}, "loss_weights"), ({"fold": 5}, "fold 5"), ({"half": "C"}, "half 'C'"),
+    ({"shares": (1,)}, "shares"), ({"loss_weights": (1, -1)}, "loss_weights"), ({"fold": 5}, "fold 5"),
+    ({"half": "C"}, "half 'C'"),
     ({"overlap": "ignore"}, "overlap 'ignore'"), ({"limit": 0}, "limit 0"), ({"sources": ()}, "sources")])
 def test_settings_that_make_no_sense(wrong, message):
     with pytest.raises(DataError, match=message):

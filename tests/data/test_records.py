@@ -19,7 +19,8 @@ def write(path, content: bytes):
 
 
 @pytest.mark.parametrize("name, content", [
-    ("a.jsonl", LINES), ("a.jsonl.gz", LINES), ("a.json", json.dumps(ROWS).encode()), ("a.json.gz", json.dumps(ROWS).encode()),
+    ("a.jsonl", LINES), ("a.jsonl.gz", LINES), ("a.json", json.dumps(ROWS).encode()),
+    ("a.json.gz", json.dumps(ROWS).encode()),
     ("lines.json", LINES), ("crlf.jsonl", b"\xef\xbb\xbf" + LINES.replace(b"\n", b"\r\n")), ("open.jsonl", LINES[:-1])])
 def test_every_json_format(tmp_path, name, content):
     assert [row for _, row in read_records(write(tmp_path / name, content))] == ROWS

@@ -2,12 +2,10 @@
 
 import gzip
 import json
-import logging
 import zipfile
 
 import pytest
 
-from hhjax.data import sources
 from hhjax.data.comparisons import ComparisonData, load_comparisons
 from hhjax.data.records import DataError
 from hhjax.data.sources import (TextData, cut, data_files, detokenise, download, find_data_dir, find_source,
@@ -43,7 +41,8 @@ def hub(tmp_path, monkeypatch):
     for tranche, first in (("helpful-base", 0), ("helpful-online", 100)):
         jsonl(repo / tranche / "train.jsonl.gz", map(pair, range(first, first + 8)))
         jsonl(repo / tranche / "test.jsonl.gz", map(pair, range(first + 8, first + 11)))
-    attempt = {"transcript": "\n\nHuman: Say it\n\nAssistant: No", "rating": 1.0, "min_harmlessness_score_transcript": -2.5}
+    attempt = {"transcript": "\n\nHuman: Say it\n\nAssistant: No", "rating": 1.0,
+               "min_harmlessness_score_transcript": -2.5}
     jsonl(repo / "red-team-attempts" / "red_team_attempts.jsonl.gz", [attempt] * 3)
     monkeypatch.setenv("HHJAX_HH_REPO", str(repo))
     return repo
@@ -60,12 +59,11 @@ def test_the_order_of_data_folders(tmp_path, monkeypatch):
         find_data_dir("gone")
 
 
-def test_a_tranche_from_the_hub_is_kept_and_said(hub, caplog):
-    caplog.set_level(logging.INFO, "hhjax.data")
+def test_a_tranche_from_the_hub_is_kept_and_said(hub):
     data = ComparisonData(("helpful-base", "helpful-online"))
     train, report = load_comparisons(data, "train")
     assert len(train) == 16 and len(load_comparisons(data, "test")[0]) == 6
-    assert any(str(hub) in note for note in report.notes) and "from the hub" in caplog.text
+    assert report.notes[0] == f"no data folder: {hub} from the hub" and "official files of" in report.notes[1]
     files = data_files(data)
     assert [file.name for file in files] == ["train.jsonl.gz", "test.jsonl.gz"] * 2
     before = [file.read_bytes() for file in files]
@@ -74,14 +72,16 @@ def test_a_tranche_from_the_hub_is_kept_and_said(hub, caplog):
     assert [file.read_bytes() for file in data_files(data)] == before
 
 
-def test_equal_rows_are_equal_bytes_whenever_they_were_downloaded(hub, tmp_path):
-    one, two = (download("helpful-base", cache=tmp_path / name) / "train.jsonl.gz" for name in ("one", "two"))
+def test_equal_rows_are_equal_bytes_whenever_they_were_downloaded(hub, tmp_path, monkeypatch):
+    one = download("helpful-base", cache=tmp_path / "one") / "train.jsonl.gz"
+    monkeypatch.setattr("time.time", lambda: 1e9)
+    two = download("helpful-base", cache=tmp_path / "two") / "train.jsonl.gz"
     assert one.read_bytes() == two.read_bytes()
 
 
 def test_nothing_to_be_had_says_what_to_do(tmp_path, monkeypatch):
     monkeypatch.setenv("HHJAX_HH_REPO", str(tmp_path / "no-hub"))
-    with pytest.raises(DataError, match="helpful-online is in no data folder .*HHJAX_DATA.*hh-rlhf/helpful-online/train"):
+    with pytest.raises(DataError, match="helpful-online is in no data folder .*HHJAX_DATA.*hh-rlhf/helpful-online"):
         find_source("helpful-online")
     with pytest.raises(DataError, match="no data 'helpful-bsae' here.*names known: helpful-base"):
         find_source("helpful-bsae")
@@ -145,18 +145,19 @@ def _or_none(data, shelf, split):
 
 
 def test_each_text_source(shelf):
-    assert documents(shelf, "dialogue-sgd") == [sources.Document(
-        "Human: A table for two.\n\nAssistant: Which city?", (Turn("Human", "A table for two."), Turn("Assistant", "Which city?")))]
+    turns = Turn("Human", "A table for two."), Turn("Assistant", "Which city?")
+    assert documents(shelf, "dialogue-sgd") == [("Human: A table for two.\n\nAssistant: Which city?", turns)]
     assert [doc.text for doc in documents(shelf, "text-gutenberg")] == [
         '[A Book]\nCHAPTER 1\nIt rained, they said. "Oh!" cried he; "I wouldn\'t go.']
     assert [doc.text for doc in documents(shelf, "text-us-speeches")] == ["Fellow citizens of caf\xe9s:\nhello."]
-    assert [doc.text for doc in documents(shelf, "text-wikitext2")] == ["Lobster\nIt is 0.7 m (2 ft) long. It eats 1,000 fish."]
+    assert [doc.text for doc in documents(shelf, "text-wikitext2")] == [
+        "Lobster\nIt is 0.7 m (2 ft) long. It eats 1,000 fish."]
     assert len(data_files(TextData(), shelf)) == 4
 
 
 def test_text_by_path(tmp_path):
     (tmp_path / "a.txt").write_text("plain text")
-    chat = [{"role": "system", "content": "x"}, {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes"}]
+    chat = [{"role": role, "content": said} for role, said in (("system", "x"), ("user", "Hi"), ("assistant", "Yes"))]
     jsonl(tmp_path / "b.jsonl", [{"text": "in a row"}, {"messages": chat}, {"neither": 1}, 7, {"text": "half \ud800"}])
     found = documents(tmp_path, str(tmp_path / "a.txt"), str(tmp_path / "b.jsonl"))
     assert {doc.text for doc in found} == {"plain text", "in a row", "Human: Hi\n\nAssistant: Yes", "half ?"}

@@ -77,11 +77,11 @@ def test_truncation_takes_the_prompts_left_alike_on_both_sides_and_is_counted(to
     whole, short = PairSource(pairs, tok, 4096, 8), PairSource(pairs, tok, 96, 8)
     assert short.truncated == sum(96 < length for length in whole.lengths) > 0
     a, b = whole.take(np.arange(whole.size)), short.take(np.arange(short.size))
-    for side in (0, 1):
+    for long, cut in zip(a[:2], b[:2]):
         for row in range(whole.size):
-            cut = a[side].length[row] - b[side].length[row]
-            assert cut == max(0, whole.lengths[row] - 96)
-            assert b[side].tokens[row][: b[side].length[row]].tolist() == a[side].tokens[row][cut : a[side].length[row]].tolist()
+            end, lost = long.length[row], max(0, whole.lengths[row] - 96)
+            assert cut.length[row] == end - lost and cut.prompt_len[row] == long.prompt_len[row] - lost
+            assert cut.tokens[row, : end - lost].tolist() == long.tokens[row, lost:end].tolist()
 
 
 def test_a_reply_that_does_not_fit_whole_is_left_out_and_counted(tok, pairs):
@@ -135,6 +135,12 @@ def test_batches_are_only_as_wide_as_they_need(source, tok, pairs):
     assert len(widths) >= 3
 
 
+def test_batches_of_like_length_come_in_random_order(source):
+    longest = [source.batch(0, step).chosen.length.max() for step in range(16)]
+    rises = sum(a < b for a, b in zip(longest, longest[1:]))
+    assert 3 <= rises <= 12
+
+
 def test_packed_rows_are_the_documents_in_order(tok, text):
     first = text.take(np.arange(text.size))
     assert first.tokens.shape == (text.size, 16) and (first.length == 16).all() and (first.prompt_len == 0).all()
@@ -147,14 +153,14 @@ def test_packed_rows_are_the_documents_in_order(tok, text):
 
 @pytest.mark.parametrize("hosts", [1, 2])
 def test_evaluation_sees_every_row_once_in_order(source, hosts):
-    shares = [list(eval_batches(source, 20, Host(index, hosts))) for index in range(hosts)]
+    shares = [list(eval_batches(source, 4, Host(index, hosts))) for index in range(hosts)]
     rows, reals = [], [real for _, real in shares[0]]
     for batches in zip(*shares):
         parts = [batch.chosen for batch, _ in batches]
         joined = [ids[:end].tolist() for part in parts for ids, end in zip(part.tokens, part.length)]
-        assert len(joined) == 20
+        assert len(joined) == 4 and len({part.tokens.shape for part in parts}) == 1
         rows += joined[: batches[0][1]]
-    assert reals == [20] * 10 + [3]
+    assert reals == [4] * 50 + [3]
     everything = source.take(np.arange(source.size)).chosen
     assert rows == [ids[:end].tolist() for ids, end in zip(everything.tokens, everything.length)]
 

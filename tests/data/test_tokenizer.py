@@ -72,7 +72,8 @@ def foreign_model(**options) -> bytes:
 
 
 def test_a_llama_like_model(tmp_path):
-    (tmp_path / "llama.model").write_bytes(foreign_model(normalization_rule_name="identity", remove_extra_whitespaces=False))
+    model = foreign_model(normalization_rule_name="identity", remove_extra_whitespaces=False)
+    (tmp_path / "llama.model").write_bytes(model)
     tok = load_tokenizer(tmp_path / "llama.model")
     assert (tok.pad_id, tok.eot_id, tok.eoc_id, tok.vocab_size) == (340, 2, 341, 342)
     text = "\n\nHuman: fox  \u2581 😀"

@@ -17,7 +17,8 @@ def test_render_and_parse_are_inverse(turns):
 
 def test_a_marker_needs_a_blank_line():
     text = "\n\nHuman: He wrote\nHuman: hello, and Assistant: bye\n\nAssistant: ok"
-    assert parse_transcript(text) == (Turn("Human", "He wrote\nHuman: hello, and Assistant: bye"), Turn("Assistant", "ok"))
+    said = "He wrote\nHuman: hello, and Assistant: bye"
+    assert parse_transcript(text) == (Turn("Human", said), Turn("Assistant", "ok"))
 
 
 def test_a_stripped_transcript_is_understood():
@@ -43,8 +44,8 @@ def test_dialogues_that_part_early_keep_several_turns_in_the_reply():
 
 
 def test_a_boundary_half_shared_is_not_a_boundary():
-    a, b = "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant: d", "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssi"
-    assert split_pair(a, b)[0] == "\n\nHuman: a\n\nAssistant:"
+    start = "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssi"
+    assert split_pair(start + "stant: d", start)[0] == "\n\nHuman: a\n\nAssistant:"
 
 
 def test_an_empty_first_turn_is_an_empty_reply():

@@ -1,0 +1,85 @@
+"""Eight simulated devices, a compilation cache, and what several tests share. Imported before any test imports jax."""
+
+import functools
+import json
+import os
+import random
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+CACHE = Path(tempfile.gettempdir()) / f"hhjax-test-cache-{os.getuid()}"
+
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+WORDS = "the cat sat on a mat and then it ran far away from dogs who bark loudly at night while birds sing".split()
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory) -> Path:
+    """A data folder: text.jsonl (400 documents) and pairs.jsonl (200 comparisons whose chosen reply says "good")."""
+    folder, rng = tmp_path_factory.mktemp("data"), random.Random(0)
+
+    def sentence(n):
+        return " ".join(rng.choice(WORDS) for _ in range(n))
+
+    write_rows(folder / "text.jsonl", [{"text": sentence(60)} for _ in range(400)])
+    prompts = [f"\n\nHuman: {i} {sentence(8)}\n\nAssistant:" for i in range(200)]
+    write_rows(
+        folder / "pairs.jsonl",
+        [{"chosen": f"{p} good {sentence(6)}", "rejected": f"{p} bad {sentence(6)}"} for p in prompts],
+    )
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer(tiny_data, tmp_path_factory) -> Path:
+    """The folder of a tokenizer of 320 tokens, trained on tiny_data."""
+    from hhjax.data.sources import TextData, load_documents
+    from hhjax.data.tokenizer import train_tokenizer
+
+    folder = tmp_path_factory.mktemp("tokenizer")
+    train_tokenizer([d.text for d in load_documents(TextData(("text.jsonl",)), tiny_data)], 320, folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def start_hhjax(tiny_data):
+    """start_hhjax(folder, *args, devices=1) -> the running subprocess `hhjax ARGS` in that folder, on tiny_data."""
+    started = []
+
+    def start(folder, *args, devices=1):
+        env = os.environ | {
+            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+            "HHJAX_DATA": str(tiny_data),
+            "PYTHONPATH": str(ROOT),
+        }
+        argv = [sys.executable, "-m", "hhjax.cli", *map(str, args)]
+        process = subprocess.Popen(argv, cwd=folder, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+
+
+@pytest.fixture
+def hhjax(start_hhjax, tmp_path):
+    """`start_hhjax` in tmp_path."""
+    return functools.partial(start_hhjax, tmp_path)
+
+
+def write_rows(path: Path, rows) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path

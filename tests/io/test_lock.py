@@ -1,0 +1,70 @@
+"""LOCK: one writer at a time, and none that is gone."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from hhjax.io import lock
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    monkeypatch.setattr(lock, "POLL_S", 0.02)
+
+
+def write_lock(folder, pid, host=None, age_s=0.0):
+    path = folder / "LOCK"
+    path.write_text(json.dumps({"host": host or socket.gethostname(), "pid": pid, "since": 0}))
+    os.utime(path, (time.time() - age_s,) * 2)
+    return path
+
+
+def dead_pid() -> int:
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    return process.pid
+
+
+def test_is_held_inside_and_gone_after(tmp_path):
+    with lock.hold_lock(tmp_path):
+        assert lock.is_alive(tmp_path / "LOCK") or lock.is_ours(lock.read_lock(tmp_path / "LOCK"))
+    assert not (tmp_path / "LOCK").exists()
+
+
+def test_a_dead_process_or_an_old_heartbeat_is_taken_over(tmp_path):
+    for where in ({"pid": dead_pid()}, {"pid": 1, "host": "elsewhere", "age_s": lock.STALE_S + 1}, {"pid": os.getpid()}):
+        write_lock(tmp_path, **where)
+        with lock.hold_lock(tmp_path):
+            assert lock.is_ours(lock.read_lock(tmp_path / "LOCK"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_torn_lock_is_taken_over_once_it_is_old(tmp_path):
+    path = tmp_path / "LOCK"
+    path.write_text("{")
+    assert lock.is_alive(path)
+    os.utime(path, (time.time() - lock.STALE_S,) * 2)
+    with lock.hold_lock(tmp_path):
+        pass
+
+
+def test_a_live_holder_is_waited_for(tmp_path):
+    path, seen, order = write_lock(tmp_path, os.getppid()), [], []
+
+    def release():
+        time.sleep(0.2)
+        order.append("released")
+        path.unlink()
+
+    thread = threading.Thread(target=release)
+    thread.start()
+    with lock.hold_lock(tmp_path, seen.append):
+        order.append("held")
+    thread.join()
+    assert order == ["released", "held"] and [h["pid"] for h in seen] == [os.getppid()]

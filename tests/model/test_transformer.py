@@ -1,0 +1,148 @@
+"""The decoder: parameter counts, causality, padding, the cache, remat, the gradient barrier, precision."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from hhjax.model.sizes import SIZES, matmul_params, model_config
+from hhjax.model.transformer import ModelConfig, RunConfig, attend, config_from_json, config_to_json, make_model, rotate, rotation
+
+TINY = model_config("0.1M", 100)
+GROUPED = ModelConfig(
+    layers=2, width=32, heads=4, kv_heads=2, head_dim=16, mlp_width=48, vocab=64, norm="rms", gated_mlp=True,
+    activation="silu", qk_norm=True, tied_embeddings=False, rotary_fraction=0.5,
+)  # fmt: skip
+PARALLEL = replace(TINY, parallel_residual=True, qkv_bias=True, out_bias=True, mlp_bias=True, activation="gelu")
+CONFIGS = pytest.mark.parametrize("cfg", [TINY, GROUPED, PARALLEL], ids=["gpt", "llama", "neox"])
+
+
+def tokens_for(cfg, shape=(3, 12), seed=0):
+    return jax.random.randint(jax.random.key(seed), shape, 0, cfg.vocab)
+
+
+@pytest.mark.parametrize("name", ["13M", "42M", "197M", "810M", "2.7B", "13B", "52B"])
+def test_ladder_is_as_wide_as_the_paper_says(name):
+    cfg = SIZES[name]
+    assert cfg.width == 128 * cfg.layers
+    assert matmul_params(cfg) == 12 * cfg.layers * cfg.width**2
+    size = float(name[:-1]) * {"M": 1e6, "B": 1e9}[name[-1]]
+    assert matmul_params(cfg) == pytest.approx(size, rel=0.06)
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_counted_blocks_are_the_blocks_that_are_made(name):
+    cfg = model_config(name, 1000)
+    shapes = jax.eval_shape(make_model(cfg).init, jax.random.key(0))
+    kernels = [x.size for k, x in shapes["blocks"].items() if not k.endswith(("scale", "bias"))]
+    assert sum(kernels) == matmul_params(cfg)
+    assert shapes["embed"].shape == (1024, cfg.width)
+
+
+def test_an_unknown_size_and_an_unset_vocabulary_are_errors():
+    with pytest.raises(ValueError, match="'7B'; choose one of 0.1M"):
+        model_config("7B", 100)
+    with pytest.raises(ValueError, match="vocab is 0"):
+        make_model(SIZES["0.1M"]).init(jax.random.key(0))
+
+
+@CONFIGS
+def test_later_tokens_change_nothing_before_them(cfg):
+    model = make_model(cfg)
+    params, tokens = model.init(jax.random.key(1)), tokens_for(cfg)
+    hidden, _ = model.apply(params, tokens)
+    changed, _ = model.apply(params, tokens.at[:, 7:].set(0))
+    np.testing.assert_array_equal(hidden[:, :7], changed[:, :7])
+    assert jnp.abs(hidden[:, 7:] - changed[:, 7:]).max() > 1e-3
+
+
+@CONFIGS
+def test_cached_decoding_of_ragged_rows_equals_the_full_forward(cfg):
+    model = make_model(cfg)
+    params, tokens = model.init(jax.random.key(1)), tokens_for(cfg)
+    full, _ = model.apply(params, tokens)
+    start = jnp.array([3, 5, 2])
+    prompt = jnp.where(jnp.arange(5) < start[:, None], tokens[:, :5], 0)  # right-padded prompts
+    _, cache = model.apply(params, prompt, cache=model.init_cache(3, 12))
+    for step in range(7):
+        at = start + step
+        token = jnp.take_along_axis(tokens, at[:, None], 1)
+        hidden, cache = model.apply(params, token, positions=at[:, None], cache=cache)
+        expected = jnp.take_along_axis(full, at[:, None, None], 1)
+        np.testing.assert_allclose(hidden, expected, atol=1e-5, rtol=0)
+
+
+@CONFIGS
+def test_a_masked_key_is_as_if_it_were_not_there(cfg):
+    model = make_model(cfg)
+    params, tokens = model.init(jax.random.key(1)), tokens_for(cfg)
+    left_padded = jnp.pad(tokens, ((0, 0), (4, 0)))
+    positions = jnp.broadcast_to(jnp.maximum(jnp.arange(16) - 4, 0), (3, 16))
+    mask = jnp.broadcast_to(jnp.arange(16) >= 4, (3, 16))
+    hidden, _ = model.apply(params, left_padded, positions=positions, mask=mask)
+    expected, _ = model.apply(params, tokens)
+    np.testing.assert_allclose(hidden[:, 4:], expected, atol=1e-5, rtol=0)
+
+
+def gradient(cfg, run):
+    model, tokens = make_model(cfg, run=run), tokens_for(cfg)
+    params = model.init(jax.random.key(1))
+    loss = lambda p: jnp.mean(jnp.square(model.logits(p, model.apply(p, tokens)[0])))  # noqa: E731
+    return jax.make_jaxpr(jax.grad(loss))(params), jax.grad(loss)(params)
+
+
+@pytest.mark.parametrize("run", [RunConfig(remat="full"), RunConfig(remat="dots"), RunConfig(unroll=2)], ids=str)
+def test_remat_and_unrolling_change_the_program_but_not_the_gradient(run):
+    program, grads = gradient(TINY, RunConfig())
+    other_program, other_grads = gradient(TINY, run)
+    assert str(program) != str(other_program)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6, rtol=1e-4), grads, other_grads)
+
+
+def test_the_gradient_barrier_is_an_identity_that_is_really_there():
+    program, grads = gradient(TINY, RunConfig(barrier="off"))
+    other_program, other_grads = gradient(TINY, RunConfig(barrier="on"))
+    assert "optimization_barrier" in str(other_program) and "optimization_barrier" not in str(program)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6, rtol=1e-4), grads, other_grads)
+
+
+def test_bfloat16_compute_keeps_f32_parameters_and_logits():
+    model = make_model(TINY, run=RunConfig(dtype="bfloat16"))
+    params, tokens = model.init(jax.random.key(1)), tokens_for(TINY)
+    hidden, _ = model.apply(params, tokens)
+    assert hidden.dtype == jnp.bfloat16 and model.logits(params, hidden).dtype == jnp.float32
+    assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(params))
+    exact = make_model(TINY)
+    np.testing.assert_allclose(hidden.astype(jnp.float32), exact.apply(params, tokens)[0], atol=0.1)
+    assert model.score(params, hidden).dtype == jnp.float32
+
+
+def test_attention_is_stable_at_large_scores_and_equals_a_plain_loop():
+    q, k, v = (jax.random.normal(jax.random.key(i), s) for i, s in enumerate([(1, 5, 4, 8), (1, 2, 5, 8), (1, 2, 5, 8)]))
+    bias = jnp.where(jnp.tril(jnp.ones((1, 5, 5), bool)), 0.0, -1e30)
+    out = np.asarray(attend(q, k, v, bias))
+    for head in range(4):
+        for t in range(5):
+            s = np.asarray(k[0, head // 2, : t + 1] @ q[0, t, head]) / np.sqrt(8)
+            w = np.exp(s - s.max())
+            np.testing.assert_allclose(out[0, t, head], (w / w.sum()) @ np.asarray(v[0, head // 2, : t + 1]), atol=1e-5)
+    assert jnp.all(jnp.isfinite(attend(q * 1e4, k, v, bias)))
+
+
+def test_rotation_depends_only_on_distance():
+    q, k = jax.random.normal(jax.random.key(0), (2, 1, 1, 1, TINY.head_dim))
+    dot = lambda i, j: float(  # noqa: E731
+        jnp.sum(
+            rotate(q, *rotation(TINY, jnp.array([[i]]))) * rotate(k, *rotation(TINY, jnp.array([[j]])))
+        )
+    )
+    assert dot(9, 4) == pytest.approx(dot(25, 20), abs=1e-4)
+    assert dot(9, 4) != pytest.approx(dot(9, 5), abs=1e-2)
+
+
+def test_config_survives_json():
+    assert config_from_json(config_to_json(GROUPED)) == GROUPED
+    with pytest.raises(ValueError, match="norm 'batch'"):
+        replace(TINY, norm="batch")

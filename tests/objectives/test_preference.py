@@ -1,0 +1,102 @@
+"""Bradley-Terry: worked values, its laws, where the score is read, weights and the language-model term."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from hhjax.model.sizes import model_config
+from hhjax.model.transformer import make_model
+from hhjax.objectives.preference import (
+    PreferenceLoss, both_rows, end_scores, pair_scores, preference_loss, preference_metrics, preference_objective,
+)  # fmt: skip
+from hhjax.types import Pairs, Tokens
+
+CFG = model_config("0.1M", 100)
+MODEL = make_model(CFG)
+PARAMS = MODEL.init(jax.random.key(0)) | {"score": jax.random.normal(jax.random.key(9), (CFG.width,))}
+
+
+def side(seed, length):
+    tokens = jax.random.randint(jax.random.key(seed), (3, 10), 3, CFG.vocab)
+    return Tokens(jnp.where(jnp.arange(10) < length[:, None], tokens, 0), jnp.array([2, 3, 4]), length)
+
+
+def pairs(weight=(1.0, 1.0, 1.0)):
+    return Pairs(side(1, jnp.array([10, 7, 6])), side(2, jnp.array([8, 9, 6])), jnp.array(weight))
+
+
+def test_worked_values():
+    assert float(preference_loss(0.0, 0.0)) == pytest.approx(np.log(2))
+    assert float(preference_loss(1.0, 0.0)) == pytest.approx(np.log1p(np.exp(-1)))
+    assert float(preference_loss(-500.0, 500.0)) == pytest.approx(1000.0)
+
+
+def test_adding_a_constant_to_both_scores_changes_nothing():
+    chosen, rejected = jnp.array([0.3, -1.2]), jnp.array([0.1, 2.0])
+    np.testing.assert_allclose(preference_loss(chosen, rejected), preference_loss(chosen + 5, rejected + 5), rtol=1e-5)
+
+
+def test_the_gradient_is_minus_the_probability_of_being_wrong():
+    margin = jnp.array(0.7)
+    assert float(jax.grad(preference_loss)(margin, 0.0)) == pytest.approx(-1 / (1 + np.exp(0.7)))
+
+
+def test_a_fresh_model_s_loss_is_exactly_log_2():
+    params = MODEL.init(jax.random.key(0))
+    loss, metrics = preference_objective(MODEL)(params, pairs(), None)
+    assert float(loss) == pytest.approx(np.log(2), abs=1e-6)
+    assert float(metrics["accuracy"]) == 0.5  # ties count half
+
+
+def test_the_score_is_read_at_the_last_token_of_each_row():
+    batch = pairs().chosen
+    hidden, _ = MODEL.apply(PARAMS, batch.tokens)
+    by_hand = [float(MODEL.score(PARAMS, hidden[b, int(n) - 1])) for b, n in enumerate(batch.length)]
+    np.testing.assert_allclose(end_scores(MODEL, PARAMS, batch), by_hand, rtol=1e-5)
+
+
+def test_interleaving_keeps_each_side_with_its_score():
+    batch = pairs()
+    chosen, rejected, hidden = pair_scores(MODEL, PARAMS, batch)
+    np.testing.assert_allclose(chosen, end_scores(MODEL, PARAMS, batch.chosen), atol=1e-5)
+    np.testing.assert_allclose(rejected, end_scores(MODEL, PARAMS, batch.rejected), atol=1e-5)
+    assert both_rows(batch).tokens.shape == (6, 10) and hidden.shape == (3, 2, 10, CFG.width)
+
+
+def test_what_stands_after_the_end_changes_nothing():
+    batch = pairs()
+    dirty = batch.chosen._replace(tokens=jnp.where(jnp.arange(10) < batch.chosen.length[:, None], batch.chosen.tokens, 77))
+    loss = preference_objective(MODEL, PreferenceLoss(lm_coef=0.5))
+    np.testing.assert_allclose(loss(PARAMS, batch, None)[0], loss(PARAMS, batch._replace(chosen=dirty), None)[0], rtol=1e-6)
+
+
+def test_swapping_the_sides_negates_the_margin():
+    batch = pairs()
+    _, there = preference_objective(MODEL)(PARAMS, batch, None)
+    _, back = preference_objective(MODEL)(PARAMS, Pairs(batch.rejected, batch.chosen, batch.weight), None)
+    assert float(there["margin"]) == pytest.approx(-float(back["margin"]), abs=1e-5)
+    assert float(there["accuracy"]) == pytest.approx(1 - float(back["accuracy"]), abs=1e-6)
+
+
+def test_lambda_weighs_a_pair_as_if_it_stood_there_that_often():
+    once = jax.tree.map(lambda x: x[jnp.array([0, 1, 1, 1, 2])], pairs())
+    loss = preference_objective(MODEL, PreferenceLoss(lm_coef=0.5))
+    a, metrics = loss(PARAMS, pairs((1.0, 3.0, 1.0)), None)
+    b, _ = loss(PARAMS, once, None)
+    assert float(a) == pytest.approx(float(b), abs=1e-5)
+    assert float(metrics["weight"]) == 5
+
+
+def test_the_language_model_term_is_the_chosen_side_s_nats_per_token():
+    plain, _ = preference_objective(MODEL)(PARAMS, pairs(), None)
+    with_lm, metrics = preference_objective(MODEL, PreferenceLoss(lm_coef=0.5))(PARAMS, pairs(), None)
+    assert float(with_lm) == pytest.approx(float(plain) + 0.5 * float(metrics["lm_loss"]), abs=1e-5)
+    rejected = pairs()._replace(rejected=side(3, jnp.array([8, 9, 6])))
+    _, other = preference_objective(MODEL, PreferenceLoss(lm_coef=0.5))(PARAMS, rejected, None)
+    assert float(other["lm_loss"]) == pytest.approx(float(metrics["lm_loss"]), abs=1e-6)
+
+
+def test_metrics_are_weighted():
+    m = preference_metrics(jnp.array([1.0, 0.0]), jnp.array([0.0, 2.0]), jnp.array([3.0, 1.0]))
+    assert float(m["accuracy"]) == 0.75 and float(m["margin"]) == pytest.approx((3 - 2) / 4)
