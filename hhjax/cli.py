@@ -1,12 +1,12 @@
 """The `hhjax` command: run, sweep, ls, show, check-data, tokenizer train, bench."""
 
 import json
+import logging
 import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
 
 import tyro
 
@@ -30,6 +30,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The console script. Ends the process with the exit code."""
     from hhjax.launch import exit_code
 
+    if argv is None:  # a process of its own, whose logging is ours
+        log_once()
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] in ("-h", "--help"):
         print(USAGE)
@@ -169,6 +171,15 @@ COMMANDS = {
     "tokenizer": tokenizer,
     "bench": bench,
 }
+
+
+def log_once() -> None:
+    """What the package logs (which data it reads, what it downloads) goes to stderr, each line once."""
+    logger, seen = logging.getLogger("hhjax"), set()
+    handler = logging.StreamHandler()
+    handler.addFilter(lambda record: not (record.getMessage() in seen or seen.add(record.getMessage())))
+    logger.setLevel(logging.INFO)
+    logger.handlers, logger.propagate = [handler], False
 
 
 # Text -----------------------------------------------------------------------------------------------------------------

@@ -115,7 +115,7 @@ class Training(Stage):
     def __post_init__(self):
         super().__post_init__()
         if self.init and self.model:
-            raise ConfigError(f"{self.name}.model={self.model!r} has no effect: the model comes from init={self.init!r}")
+            raise ConfigError(f"{self.name}.model={self.model!r} has no effect beside init={self.init!r}; leave it out")
         if not self.init and not self.tokenizer:
             raise ConfigError(f"{self.name} has neither init nor tokenizer; name a stage or a folder in one of them")
         for name in ("seq_len", "batch_size", "micro_batches", "log_every", "keep"):
@@ -155,14 +155,16 @@ class Evaluate(Stage):
     of: str = reference("pm")
     data: ComparisonData = ComparisonData()
     baselines: bool = True
+    batch_size: int = execution(64)
+    mesh: MeshConfig = execution(MeshConfig())
 
 
 @dataclass(frozen=True, kw_only=True)
 class Report(Stage):
-    """Tables and figures from the stages it names."""
+    """Tables and figures from the evaluations it names; pooled where there are several."""
 
     kind: ClassVar[str] = "report"
-    of: tuple[str, ...] = reference("lm", "pm", "evaluate")
+    of: tuple[str, ...] = reference("evaluate")
 
 
 # Experiments and sweeps -----------------------------------------------------------------------------------------------
@@ -207,6 +209,11 @@ class Run:
     def name(self) -> str:
         """Such as `lm.model=1M,seed=0`; the experiment's name where nothing varies."""
         return ",".join(f"{path}={label}" for path, label in self.axes) or self.experiment.name
+
+    @property
+    def full_name(self) -> str:
+        """The name that is unique in a file of several experiments: `pm_hh:lm.model=1M,seed=0`."""
+        return f"{self.experiment.name}:{self.name}" if self.axes else self.name
 
 
 def edit(experiment: Experiment, path: str, value) -> Experiment:
@@ -475,9 +482,9 @@ def label(value) -> str:
 
 
 def unique_names(runs: Sequence[Run]) -> tuple[Run, ...]:
-    """The runs without repetition. Raises ConfigError when two different ones share a name."""
+    """The runs without repetition. Raises ConfigError when two different ones of an experiment share a name."""
     named: dict[str, Run] = {}
     for run in runs:
-        if named.setdefault(run.name, run) != run:
-            raise ConfigError(f"two runs are called {run.name!r}; give the axis a mapping from label to value")
+        if named.setdefault(run.full_name, run) != run:
+            raise ConfigError(f"two runs are called {run.full_name!r}; give the axis a mapping from label to value")
     return tuple(named.values())

@@ -25,7 +25,8 @@ def conform(value, hint, where: str):
         each = itertools.repeat(args[0]) if args[1:] == (...,) else args
         return tuple(conform(v, h, f"{where}[{i}]") for i, (v, h) in enumerate(zip(value, each)))
     if dataclasses.is_dataclass(hint) and isinstance(value, hint):
-        changed = {f.name: conform(getattr(value, f.name), h, f"{where}.{f.name}") for f, h in hinted_fields(type(value))}
+        fields = hinted_fields(type(value))
+        changed = {f.name: conform(getattr(value, f.name), h, f"{where}.{f.name}") for f, h in fields}
         return dataclasses.replace(value, **changed)
     if hint in (Callable, typing.Callable) or origin is Callable:
         ok = callable(value)
@@ -54,7 +55,9 @@ def conform_any(value, hints, where: str):
 
 
 def type_name(hint) -> str:
-    return "None" if hint is type(None) else getattr(hint, "__name__", str(hint)) if not typing.get_args(hint) else str(hint)
+    """As in source: `int`, `tuple[str, ...]`, `None`."""
+    plain = "None" if hint is type(None) else getattr(hint, "__name__", str(hint))
+    return str(hint) if typing.get_args(hint) else plain
 
 
 def nearest(word: str, known) -> str:

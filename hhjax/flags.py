@@ -1,4 +1,4 @@
-"""From an experiment file and a command line to runs: the file's RUNS, and tyro flags for every field of every stage."""
+"""From an experiment file and a command line to runs: the file's RUNS, and flags for every field of every stage."""
 
 import dataclasses
 import fnmatch
@@ -14,7 +14,7 @@ from typing import Annotated, Any, NamedTuple
 
 import tyro
 
-from hhjax.experiment import Run, addresses, as_runs, override
+from hhjax.experiment import Run, as_runs, override
 from hhjax.fields import ConfigError, nearest
 
 # A bool of a stage takes a value, as every --STAGE.path does; a top-level bool is a switch.
@@ -66,7 +66,8 @@ def parse(argv: Sequence[str], prog: str, extra: type | None = None) -> tuple[Co
     tops = {"launch": LaunchConfig} | ({"extra": extra} if extra else {}) | {"file": file_options(module)}
     top = [f for cls in tops.values() for f in plain_fields(cls) if f[0] != "fast" or cls is LaunchConfig]
     # Which stages there are may depend on the file's own flags, so those are read first.
-    early, _ = tyro.cli(make_dataclass("Flags", top), args=without_help(rest), config=SWITCHES, return_unknown_args=True)
+    known = make_dataclass("Flags", top)
+    early, _ = tyro.cli(known, args=without_help(rest), config=SWITCHES, return_unknown_args=True)
     found = as_runs(module.RUNS if hasattr(module, "RUNS") else module.runs(**picked(tops["file"], early)))
     if not found:
         raise ConfigError(f"{file} defines no runs")
@@ -107,10 +108,10 @@ def modules_beside(path: Path) -> list[Path]:
 
 
 def select(runs: tuple[Run, ...], pattern: str) -> tuple[Run, ...]:
-    """The runs whose names match. Raises ConfigError where none does."""
-    chosen = tuple(r for r in runs if fnmatch.fnmatchcase(r.name, pattern))
+    """The runs whose name, or EXPERIMENT:name, matches. Raises ConfigError where none does."""
+    chosen = tuple(r for r in runs if any(fnmatch.fnmatchcase(n, pattern) for n in (r.name, r.full_name)))
     if not chosen:
-        raise ConfigError(f"--only {pattern!r} matches no run{nearest(pattern, [r.name for r in runs])}")
+        raise ConfigError(f"--only {pattern!r} matches no run{nearest(pattern, [r.full_name for r in runs])}")
     return chosen
 
 

@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import functools
 import hashlib
 import inspect
 import json
@@ -21,6 +22,13 @@ def digest(value) -> str:
 
 
 def file_digest(path: Path) -> str:
+    """sha256 of a file's bytes, read once while its size and time stay the same."""
+    stat = path.stat()
+    return digest_once(path.absolute(), stat.st_size, stat.st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=None)
+def digest_once(path: Path, size: int, mtime_ns: int) -> str:
     with path.open("rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
@@ -56,30 +64,33 @@ def canonical_function(fn) -> dict:
     So a renamed variable is a new loss and a reworded comment is not; a changed helper or constant beside
     it counts. Functions imported from elsewhere count by name: the commit is in env.json.
     """
-    return {name: text for name, text in sorted(collect_sources(fn, {}).items())}
+    return dict(sorted(collect_sources(fn, {}).items()))
 
 
 def collect_sources(fn, found: dict) -> dict:
+    """Adds to `found` the source of `fn`, of the functions beside it that it names, and the constants they use."""
     try:
         source = textwrap.dedent(inspect.getsource(fn))
     except (OSError, TypeError):
-        raise ConfigError(f"the source of {fn!r} cannot be read; define it with `def` in the experiment's file") from None
+        message = f"the source of {fn!r} cannot be read; define it with `def` in the experiment's file"
+        raise ConfigError(message) from None
     found[fn.__qualname__] = strip_comments(source)
-    closure = inspect.getclosurevars(fn) if isinstance(fn, types.FunctionType) else None
-    if closure is None:
+    if not isinstance(fn, types.FunctionType):
         return found
-    names = set(re.findall(r"[A-Za-z_]\w*", source))
-    beside = {n: fn.__globals__[n] for n in names if n in fn.__globals__} | dict(closure.nonlocals)
+    enclosed = inspect.getclosurevars(fn).nonlocals
+    names = set(re.findall(r"[A-Za-z_]\w*", found[fn.__qualname__]))
+    beside = {n: fn.__globals__[n] for n in names if n in fn.__globals__} | dict(enclosed)
     for name, value in beside.items():
         if isinstance(value, types.FunctionType):
             if folder(value) == folder(fn) and value.__qualname__ not in found:
                 collect_sources(value, found)
-        elif isinstance(value, bool | int | float | str | tuple) or name in closure.nonlocals:
+        elif isinstance(value, bool | int | float | str | tuple) or name in enclosed:
             found[f"{fn.__qualname__}.{name}"] = canonical(value)
     return found
 
 
 def folder(fn) -> Path:
+    """Where the file of a function is."""
     return Path(fn.__code__.co_filename).parent
 
 
@@ -90,7 +101,6 @@ def strip_comments(source: str) -> str:
     except SyntaxError:  # a lambda in the middle of a call
         return source.strip()
     for node in ast.walk(tree):
-        body = getattr(node, "body", None)
         if isinstance(node, ast.FunctionDef | ast.ClassDef) and ast.get_docstring(node, clean=False) is not None:
-            node.body = body[1:] or [ast.Pass()]
+            node.body = node.body[1:] or [ast.Pass()]
     return ast.unparse(tree)

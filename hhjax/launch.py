@@ -18,7 +18,7 @@ from pathlib import Path
 from hhjax.experiment import Diverged, Placed, Preempted, Run, StageContext, place, read_config
 from hhjax.fields import ConfigError
 from hhjax.flags import Command, modules_beside, parse
-from hhjax.io.checkpoint import write_atomically
+from hhjax.io.files import write_atomically
 from hhjax.io.lock import hold_lock
 from hhjax.io.metrics import write_event
 from hhjax.io.rundir import write_start
@@ -40,7 +40,7 @@ def run(argv: Sequence[str]) -> int:
     command, _ = parse(argv, "hhjax run")
     launch = command.launch
     if launch.print_config:
-        print(json.dumps({r.name: shown_config(r, launch) for r in command.runs}, indent=1))
+        print(json.dumps({r.full_name: shown_config(r, launch) for r in command.runs}, indent=1))
         return DONE
     if launch.dry_run:
         from hhjax import plan
@@ -48,11 +48,11 @@ def run(argv: Sequence[str]) -> int:
         print("\n\n".join(plan.describe(r, launch.out, launch.data_dir) for r in command.runs))
         return DONE
     should_stop = join_cluster(launch.heartbeat_timeout_s)
-    placed = {r.name: place(r, launch.out, launch.data_dir) for r in command.runs}
-    if launch.stage is None:
+    placed = [(r, place(r, launch.out, launch.data_dir)) for r in command.runs]
+    if launch.stage is None and first_process():
         write_index(command, placed)
-    for each in command.runs:
-        for p in chosen_stages(each, placed[each.name], launch.stage):
+    for each, stages in placed:
+        for p in chosen_stages(each, stages, launch.stage):
             if should_stop():
                 raise Preempted("told to stop between two stages")
             run_stage(command, each, p, should_stop)
@@ -60,24 +60,33 @@ def run(argv: Sequence[str]) -> int:
 
 
 def exit_code(main: Callable[[], int]) -> int:
-    """Calls `main` and turns what it raises into an exit code, with the message on stderr."""
+    """Calls `main` and turns what it raises into an exit code, with the message on stderr; a bug is raised on.
+
+    One of several processes that fails ends at once, for its peers wait for it in a collective: they
+    then lose its heartbeat and end too.
+    """
     try:
         return main()
-    except Preempted as stop:
+    except Preempted as stop:  # on every process at the same step, as is the next
         print(stop, file=sys.stderr)
         return PREEMPTED
     except Diverged as error:
         print(f"error: {error}", file=sys.stderr)
         return NOT_FINITE
-    except (ValueError, FileNotFoundError) as error:
-        if not raised_by_us(error):
+    except Exception as error:
+        ours = raised_by_us(error)
+        if not ours and not is_one_of_many():
             raise
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {error}" if ours else traceback.format_exc(), file=sys.stderr, flush=True)
+        if is_one_of_many():
+            os._exit(BAD_CONFIG if ours else CRASHED)
         return BAD_CONFIG
 
 
 def raised_by_us(error: BaseException) -> bool:
-    """Whether the error comes from a check of this package, whose message says it all, and not from below."""
+    """Whether the error is a check of this package, whose message says it all, and not a bug or a failure below."""
+    if not isinstance(error, ValueError | FileNotFoundError):
+        return False
     frame = error.__traceback__
     while frame.tb_next:
         frame = frame.tb_next
@@ -94,12 +103,12 @@ def run_stage(command: Command, run: Run, placed: Placed, should_stop: Callable[
     """
     stage, folder = placed.stage, placed.dir
     if agreed(is_done(folder)):
-        tell(f"{run.name}: {stage.name} is done ({folder})")
+        tell(f"{run.full_name}: {stage.name} is done ({folder})")
         return
     for ref, parent in placed.parents.items():
         if isinstance(parent, Path) and (parent / "config.json").is_file() and not is_done(parent):
             raise ConfigError(f"{stage.name} needs {ref!r}, which is not done ({parent}); run it first")
-    tell(f"{run.name}: {stage.name} in {folder}")
+    tell(f"{run.full_name}: {stage.name} in {folder}")
     if first_process():
         folder.mkdir(parents=True, exist_ok=True)
     with locked(folder):
@@ -189,18 +198,15 @@ def shown_config(run: Run, launch) -> dict:
     return {p.stage.name: {"dir": str(p.dir), "seed": p.seed, **plain(p.stage)} for p in stages}
 
 
-def write_index(command: Command, placed: dict[str, Sequence[Placed]]) -> None:
+def write_index(command: Command, placed: Sequence[tuple[Run, Sequence[Placed]]]) -> None:
     """OUT/experiments/<experiment>.json: run -> stage -> folder below OUT; runs of other commands stay in it."""
-    if not first_process():
-        return
     out = command.launch.out
     for name in {r.experiment.name for r in command.runs}:
         path = out / "experiments" / f"{name}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         known = json.loads(path.read_text())["runs"] if path.is_file() else {}
-        for run in command.runs:
-            if run.experiment.name == name:
-                known[run.name] = {p.stage.name: str(p.dir.relative_to(out)) for p in placed[run.name]}
+        ours = [(run, stages) for run, stages in placed if run.experiment.name == name]
+        known |= {run.name: {p.stage.name: str(p.dir.relative_to(out)) for p in stages} for run, stages in ours}
         write_atomically(path, json.dumps({"experiment": name, "file": str(command.file), "runs": known}, indent=1))
 
 
@@ -238,7 +244,8 @@ def join_cluster(heartbeat_timeout_s: int) -> Callable[[], bool]:
     except RuntimeError as error:
         if "before any JAX calls" not in " ".join(str(error).split()):
             raise
-        raise ConfigError("jax ran before the cluster was joined; an experiment file must not compute at import") from None
+        message = "jax ran before the cluster was joined; an experiment file must not compute at import"
+        raise ConfigError(message) from None
     return make_should_stop()
 
 
@@ -271,6 +278,12 @@ def make_should_stop() -> Callable[[], bool]:
         return stopped
 
     return should_stop
+
+
+def is_one_of_many() -> bool:
+    """Whether this process has joined a cluster of several; asks without starting a backend."""
+    jax = sys.modules.get("jax")
+    return jax is not None and jax.distributed.is_initialized() and jax.process_count() > 1
 
 
 def first_process() -> bool:

@@ -1,4 +1,4 @@
-"""`hhjax sweep FILE --jobs N`: the stages of all runs, each once, as subprocesses, as soon as what they need is done."""
+"""`hhjax sweep FILE --jobs N`: the stages of all runs, each once, as subprocesses, when what they need is done."""
 
 import glob
 import signal
@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from hhjax import launch
-from hhjax.experiment import place
-from hhjax.flags import Command, parse
+from hhjax.experiment import Placed, Run, place
+from hhjax.flags import parse
 
 POLL_S = 0.2
 
@@ -48,23 +48,23 @@ def run(argv: Sequence[str]) -> int:
     flags = without(argv, ("--jobs", "--only"))
     if command.launch.dry_run or command.launch.print_config:
         return launch.run([*flags, "--only", command.launch.only])
-    placed = {r.name: place(r, command.launch.out, command.launch.data_dir) for r in command.runs}
+    placed = [(r, place(r, command.launch.out, command.launch.data_dir)) for r in command.runs]
     launch.write_index(command, placed)
     previous = signal.signal(signal.SIGTERM, raise_stopped)
     try:
-        return schedule(list_jobs(command, placed), extra.jobs, lambda job: start(job, flags))
+        return schedule(list_jobs(placed), extra.jobs, lambda job: start(job, flags))
     finally:
         signal.signal(signal.SIGTERM, previous)
 
 
-def list_jobs(command: Command, placed: dict) -> list[Job]:
+def list_jobs(placed: Sequence[tuple[Run, Sequence[Placed]]]) -> list[Job]:
     """One job per folder that is not done, parents before children."""
     jobs = {}
-    for run in command.runs:
-        folders = {p.stage.name: p.dir for p in placed[run.name]}
-        for p in placed[run.name]:
+    for run, stages in placed:
+        folders = {p.stage.name: p.dir for p in stages}
+        for p in stages:
             if not launch.is_done(p.dir):
-                jobs.setdefault(p.dir, Job(p.dir, run.name, p.stage.name, frozenset(folders[n] for n in p.after)))
+                jobs.setdefault(p.dir, Job(p.dir, run.full_name, p.stage.name, frozenset(folders[n] for n in p.after)))
     return list(jobs.values())
 
 
@@ -77,8 +77,8 @@ def schedule(jobs: list[Job], most: int, start) -> int:
                 waiting.remove(job)
                 lost.add(job.folder)
                 print(f"skipped {job.stage} of {job.run}: a stage that it needs has failed", flush=True)
-            unfinished = {j.folder for j in (*waiting, *running)}
-            ready = [j for j in waiting if not j.needs & unfinished][: most - len(running)]
+            not_done = {j.folder for j in (*waiting, *running)} | lost
+            ready = [j for j in waiting if not j.needs & not_done][: most - len(running)]
             for job in ready:
                 waiting.remove(job)
                 running[job] = start(job)
@@ -101,12 +101,12 @@ def schedule(jobs: list[Job], most: int, start) -> int:
 
 
 def start(job: Job, flags: Sequence[str]) -> subprocess.Popen:
+    """The stage in a process of its own."""
     job.folder.mkdir(parents=True, exist_ok=True)
-    argv = [*flags, "--only", glob.escape(job.run), "--stage", job.stage]
+    argv = ["run", *flags, "--only", glob.escape(job.run), "--stage", job.stage]
     with (job.folder / "console.log").open("ab") as log:
-        return subprocess.Popen(
-            [sys.executable, "-m", "hhjax.cli", "run", *argv], stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL
-        )
+        to_log = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": subprocess.STDOUT}
+        return subprocess.Popen([sys.executable, "-m", "hhjax.cli", *argv], **to_log)
 
 
 def without(args: Sequence[str], names: Sequence[str]) -> list[str]:

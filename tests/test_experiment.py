@@ -24,7 +24,7 @@ BASE = Experiment(
         LM("lm", tokenizer="tok", model="0.1M", data=TEXT),
         PM("pm", init="lm", data=PAIRS),
         Evaluate("eval", of="pm", data=PAIRS),
-        Report("report", of=("pm", "eval")),
+        Report("report", of=("eval",)),
     ),
 )
 
@@ -67,7 +67,7 @@ def test_edit_replaces_one_field_and_shares_the_rest():
         ("pm.init", 3, "it must be str or None"),
         ("pm.data", TEXT, "it must be ComparisonData"),
         ("pm.objective", 3, "is of type int"),
-        ("pm.model", "1M", "has no effect: the model comes from init='lm'"),
+        ("pm.model", "1M", "has no effect beside init='lm'"),
         ("pm.batch_size", 0, "it must be at least 1"),
         ("lm.tokenizer", None, "neither init nor tokenizer"),
     ],
@@ -220,7 +220,7 @@ def test_places_say_kind_size_seed_and_id(data_dir):
         "tok": "out/tokenizer/v320-ID", "lm": "out/lm/0.1M-s2-ID", "pm": "out/pm/0.1M-s2-ID",
         "eval": "out/evaluate/0.1M-s2-ID", "report": "out/report/0.1M-s2-ID",
     }  # fmt: skip
-    assert placed["pm"].parents == {"lm": placed["lm"].dir} and placed["report"].after == ("pm", "eval")
+    assert placed["pm"].parents == {"lm": placed["lm"].dir} and placed["report"].after == ("eval",)
 
 
 # Functions

@@ -9,7 +9,6 @@ if its manifest is there and every leaf restored has the checksum that it record
 
 import json
 import logging
-import os
 import shutil
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -19,6 +18,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+
+from hhjax.io.files import write_atomically
 
 logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax reports every save at INFO and WARNING
 
@@ -171,7 +172,8 @@ def read_part(folder: Path, step: int, part: str, leaves: dict, shardings: dict,
             args = ocp.args.Composite(**{part: ocp.args.StandardRestore(wanted)})
             values = reader.restore(folder / str(step), args=args)[part]
     except Exception as error:  # whatever a damaged file makes the reader raise
-        raise DamagedCheckpoint(f"step {step}: {part} is unreadable: {type(error).__name__}: {error}") from error
+        reason = f"{type(error).__name__}: {str(error):.200}"  # the rest is the reader's whole configuration
+        raise DamagedCheckpoint(f"step {step}: {part} is unreadable: {reason}") from error
     sums = np.asarray(checksums([values[name] for name in leaves]))
     for name, value in zip(leaves, sums.tolist(), strict=True):
         if (recorded := manifest["leaves"].get(f"{part}/{name}")) != value:
@@ -185,7 +187,7 @@ def read_manifest(folder: Path, step: int) -> dict:
         manifest = json.loads(manifest_path(folder, step).read_text())
         return {"leaves": manifest["leaves"], "position": manifest["position"]}
     except (OSError, ValueError, KeyError) as error:
-        raise DamagedCheckpoint(f"step {step}: no manifest ({type(error).__name__}); the save was not finished") from None
+        raise DamagedCheckpoint(f"step {step}: no manifest ({type(error).__name__}): an unfinished save") from None
 
 
 def steps_on_disk(folder: Path) -> list[int]:
@@ -194,16 +196,6 @@ def steps_on_disk(folder: Path) -> list[int]:
 
 def manifest_path(folder: Path, step: int) -> Path:
     return folder / f"{step}.json"
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Writes a file that is either there in full or not at all, even when the machine goes down."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("w", encoding="utf-8") as f:
-        f.write(text)
-        f.flush()
-        os.fsync(f.fileno())
-    temporary.replace(path)
 
 
 def flat_parts(state) -> dict[str, dict]:

@@ -11,6 +11,8 @@ import sys
 import time
 from pathlib import Path
 
+from hhjax.io.files import write_atomically
+
 TIMING = ("seconds", "tokens_per_s", "flops_per_s", "share_of_ceiling")  # may differ between equal runs
 
 
@@ -29,7 +31,7 @@ class MetricsWriter:
         self.board = SummaryWriter(str(run_dir / "tb"), purge_step=start + 1)
 
     def write(self, step: int, row: dict, prefix: str = "") -> dict:
-        """Appends {"step": step, **row}, its names under `prefix`/; returns the row as written. Non-finite numbers become null."""
+        """Appends {"step": step, **row}, its names under `prefix`/, and returns it; null is what is not finite."""
         named = {f"{prefix}/{name}" if prefix else name: value for name, value in row.items()}
         self.file.write(json.dumps({"step": step} | {n: finite(v) for n, v in named.items()}) + "\n")
         self.file.flush()
@@ -81,13 +83,14 @@ def truncate_rows(path: Path, last_step: int) -> None:
     if not path.is_file():
         return
     kept = [json.dumps(row) + "\n" for row in read_rows(path) if row["step"] <= last_step]
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text("".join(kept), encoding="utf-8")
-    temporary.replace(path)
+    write_atomically(path, "".join(kept))
 
 
 def write_event(run_dir: Path, event: str, **details) -> None:
-    """Appends {"time", "event", ...} to events.jsonl: start, restore, compile, save, preempt, damaged, nan, error, done."""
+    """Appends {"time", "event", ...} to events.jsonl.
+
+    Events are start, data, restore, damaged, save, preempt, nan, error and done.
+    """
     row = json.dumps({"time": time.time(), "event": event, **details}, default=str) + "\n"
     with (run_dir / "events.jsonl").open("a+b") as f:
         if f.tell() and (f.seek(-1, os.SEEK_END), f.read(1))[1] != b"\n":

@@ -1,4 +1,4 @@
-"""A run directory: what is written into it when a stage starts, and what can be read from it later. Never imports jax."""
+"""A run directory: what is written into it when a stage starts, and what can be read later. Never imports jax."""
 
 import json
 import os
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from hhjax.fields import ConfigError
+from hhjax.io.files import write_atomically
 from hhjax.io.lock import is_alive
 from hhjax.io.metrics import read_events, read_rows
 
@@ -19,7 +20,10 @@ PACKAGES = ("hhjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "nump
 
 
 class RunState(NamedTuple):
-    """One line of `hhjax ls`. state: done, running, preempted, failed, diverged or stopped. age_s: since the last sign of life."""
+    """One line of `hhjax ls`. age_s: since the last sign of life.
+
+    state: done, running, preempted, failed, diverged, or stopped (which says nothing of why).
+    """
 
     dir: Path
     name: str
@@ -35,22 +39,22 @@ def write_start(folder: Path, config: dict, source: Path, modules: list[Path], c
     Raises ConfigError, naming the field, where the folder was made with another identity.
     """
     check_identity(folder, config["identity"])
-    (folder / "config.json").write_text(json.dumps(config, indent=1, default=str) + "\n")
+    write_atomically(folder / "config.json", json.dumps(config, indent=1) + "\n")
     shutil.copyfile(source, folder / "experiment.py")
     for module in modules:
         (folder / "modules").mkdir(exist_ok=True)
         shutil.copyfile(module, folder / "modules" / module.name)
     with (folder / "command.txt").open("a") as f:
         f.write(command + "\n")
-    (folder / "env.json").write_text(json.dumps(environment(folder) | {"devices": devices}, indent=1) + "\n")
+    write_atomically(folder / "env.json", json.dumps(environment(folder) | {"devices": devices}, indent=1) + "\n")
 
 
 def check_identity(folder: Path, identity: dict) -> None:
     """Raises ConfigError where config.json records another identity than this."""
     path = folder / "config.json"
-    saved = flat(json.loads(path.read_text())["identity"]) if path.is_file() else None
-    if saved is None:
+    if not path.is_file():
         return
+    saved = flat(json.loads(path.read_text()).get("identity", {}))
     now = flat(json.loads(json.dumps(identity)))
     for field in sorted(saved.keys() | now.keys()):
         if saved.get(field) != now.get(field):

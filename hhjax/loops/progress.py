@@ -60,7 +60,7 @@ class Progress:
         bad = [name for name in ("loss", "grad_norm") if not math.isfinite(float(metrics[name]))]
         if bad:
             self.event("nan", step=step, metric=bad[0])
-            raise Diverged(f"{self.name}: {bad[0]} is not finite at step {step}; lower optim.lr, or resume to look closer")
+            raise Diverged(f"{self.name}: {bad[0]} is not finite at step {step}; lower optim.lr, or look at the data")
 
     def saved(self, step: int) -> None:
         self.console.saved = step

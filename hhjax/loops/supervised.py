@@ -23,6 +23,7 @@ from hhjax.data.tokenizer import load_tokenizer, train_tokenizer
 from hhjax.experiment import DEFAULT_SIZE, PM, Preempted, StageContext, Tokenizer, Training
 from hhjax.fields import ConfigError
 from hhjax.io import checkpoint
+from hhjax.io.files import write_atomically
 from hhjax.io.metrics import write_event
 from hhjax.loops.progress import Progress
 from hhjax.model.sizes import model_config
@@ -61,18 +62,10 @@ def run(stage: Training, ctx: StageContext) -> None:
     progress = Progress(ctx, stage.name, position["step"], total, position["tokens"], flops_per_s)
     saver = checkpoint.CheckpointWriter(ctx.dir, stage.keep, on_saved=progress.saved)
     with contextlib.closing(progress), contextlib.closing(saver), watchdog():
-        compiled = set()
+        update = make_update(stage, config, train_step, mesh, progress)
         for done, batch in enumerate(prefetch(source, ctx.seed, position["step"], total), position["step"] + 1):
             rearm_watchdog(stage.watchdog_s)
-            tokens, flops = batch_work(stage, config, batch)
-            if (shape := batch_shape(batch)) not in compiled:
-                with progress.excluded():
-                    state, metrics = jax.block_until_ready(train_step(state, put_batch(batch, mesh)))
-                compiled.add(shape)
-                progress.count(tokens, flops, timed=False)
-            else:
-                state, metrics = train_step(state, put_batch(batch, mesh))
-                progress.count(tokens, flops)
+            state, metrics = update(state, batch)
             progress.flush()  # the row before: the device has this step's work meanwhile
             last, stopping = done == total, ctx.should_stop()
             if last or is_due(done, stage.log_every):
@@ -109,6 +102,23 @@ def load_model(folder: Path, step: int | None, mesh, run: RunConfig = RunConfig(
     return model, load_model_params(model, folder, step, mesh), tokenizer
 
 
+def make_update(stage: Training, config: ModelConfig, train_step, mesh, progress: Progress):
+    """(state, numpy batch) -> (state, metrics), with the work counted; not timed where a new shape is compiled."""
+    compiled = set()
+
+    def update(state, batch):
+        tokens, flops = batch_work(stage, config, batch)
+        timed = batch_shape(batch) in compiled
+        progress.count(tokens, flops, timed)
+        if timed:
+            return train_step(state, put_batch(batch, mesh))
+        compiled.add(batch_shape(batch))
+        with progress.excluded():
+            return jax.block_until_ready(train_step(state, put_batch(batch, mesh)))
+
+    return update
+
+
 # The start ------------------------------------------------------------------------------------------------------------
 
 
@@ -134,7 +144,8 @@ def resume(stage: Training, ctx: StageContext, model: Model, optimizer, sharding
 
     def damaged(step, reason):
         print(f"{stage.name}: checkpoint passed over: {reason}", file=sys.stderr)
-        write_event(ctx.dir, "damaged", step=step, reason=reason)
+        if jax.process_index() == 0:
+            write_event(ctx.dir, "damaged", step=step, reason=reason)
 
     if found := checkpoint.restore(ctx.dir, like, shardings, on_damaged=damaged):
         if jax.process_index() == 0:
@@ -165,7 +176,7 @@ def read_model_config(folder: Path) -> ModelConfig:
 
 def describe_folder(folder: Path, config: ModelConfig, tokenizer, source, seed: int) -> None:
     """model.json, the tokenizer, and the first batch as text: what `hhjax show --samples` prints."""
-    (folder / "model.json").write_text(json.dumps(config_to_json(config), indent=1) + "\n")
+    write_atomically(folder / "model.json", json.dumps(config_to_json(config), indent=1) + "\n")
     tokenizer.save(folder)
     (folder / "samples").mkdir(exist_ok=True)
     rows = list(sample_rows(source.batch(seed, 0, Host()), tokenizer))
@@ -199,6 +210,8 @@ def load_sources(stage: Training, ctx: StageContext, tokenizer):
         details = {"documents": len(train)}
     if jax.process_index() == 0:
         write_event(ctx.dir, "data", rows=source.size, held_out=held_out.size, **details)
+        if "report" in details:
+            print(f"{replace(report, notes=[])}\n{source.truncated} pairs truncated, {source.too_long} too long")
         print(f"{stage.name}: {source.size} rows, {held_out.size} held out, {source.steps_per_epoch} steps an epoch")
     return source, held_out
 
@@ -266,7 +279,7 @@ def make_evaluate(loss: LossFn, held_out, stage: Training, mesh):
 
 
 def held_out_batches(source, most: int, batch_size: int, host: Host) -> Iterator[Batch]:
-    """This host's batches of at most `most` rows spread evenly over `source`; the last is filled up with rows of no weight."""
+    """This host's batches of at most `most` rows spread evenly over `source`, filled up with rows of no weight."""
     rows = np.linspace(0, source.size - 1, min(most, source.size)).astype(int)
     for start in range(0, len(rows), batch_size):
         places = np.arange(start, start + batch_size)

@@ -61,12 +61,12 @@ class RunConfig:
     """How a model is executed; changes speed, memory and rounding, never what is computed.
 
     remat: "none", "dots" (keep matrix products) or "full" (keep block inputs only).
-    unroll: layers per scan step. dtype: "float32", "bfloat16", or "auto" (bfloat16 on GPU and TPU);
+    unroll: layers per scan step; 0 is all of up to 8 on CPU, where it saves a third, and one elsewhere. dtype: "float32", "bfloat16", or "auto" (bfloat16 on GPU and TPU);
     parameters are f32 always. barrier: "auto" (CPU only), "on" or "off", see `gradient_barrier`.
     """
 
     remat: str = "none"
-    unroll: int = 1
+    unroll: int = 0
     dtype: str = "auto"
     barrier: str = "auto"
 
@@ -108,6 +108,7 @@ def make_model(cfg: ModelConfig, mesh=None, run: RunConfig = RunConfig()) -> Mod
     platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
     dtype = jnp.dtype(run.dtype if run.dtype != "auto" else "float32" if platform == "cpu" else "bfloat16")
     barrier = run.barrier == "on" or (run.barrier == "auto" and platform == "cpu")
+    unroll = min(cfg.layers, run.unroll or (8 if platform == "cpu" else 1))
     block = Block(cfg, dtype, barrier)
     axes = decoder_axes(cfg)
     layer_axes = jax.tree.map(lambda a: a[1:], axes["blocks"], is_leaf=is_axes)
@@ -148,7 +149,7 @@ def make_model(cfg: ModelConfig, mesh=None, run: RunConfig = RunConfig()) -> Mod
             body = lambda x, weights: (layer(x, weights)[0], None)  # noqa: E731
             if REMAT[run.remat] is not None:
                 body = jax.checkpoint(body, policy=REMAT[run.remat], prevent_cse=False)
-            x, _ = jax.lax.scan(body, x, params["blocks"], unroll=min(run.unroll, cfg.layers))
+            x, _ = jax.lax.scan(body, x, params["blocks"], unroll=unroll)
         else:  # unrolled: a scan would copy the whole cache at every layer
             new = []
             for i in range(cfg.layers):

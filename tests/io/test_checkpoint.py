@@ -125,6 +125,8 @@ def tear_manifest(folder):
     path.write_text(path.read_text()[:20])
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.usefixtures("orphaned_reads")
 @pytest.mark.parametrize("damage", [flip_a_byte_of_w, garble_files, truncate_files, drop_manifest, tear_manifest])
 def test_falls_back_to_the_newest_good_step(tmp_path, damage):
     shardings = saved(tmp_path)

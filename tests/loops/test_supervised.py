@@ -126,7 +126,9 @@ def test_another_mesh_goes_on_with_the_same_data(uninterrupted, tiny_data, tiny_
     np.testing.assert_allclose(losses(tmp_path), losses(uninterrupted), rtol=2e-4)
 
 
-def test_a_damaged_checkpoint_costs_only_the_steps_since_the_one_before(uninterrupted, tiny_data, tiny_tokenizer, tmp_path):
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.usefixtures("orphaned_reads")
+def test_a_damaged_checkpoint_costs_only_its_own_steps(uninterrupted, tiny_data, tiny_tokenizer, tmp_path):
     with pytest.raises(Preempted):
         train(make_pm(tiny_tokenizer), tmp_path, tiny_data, stop_after=8)
     for file in (tmp_path / "checkpoints" / "8" / "params").rglob("d/*"):
@@ -159,11 +161,13 @@ def test_a_loss_that_is_not_finite_stops_and_is_never_saved(tiny_data, tiny_toke
 
 def test_a_pm_starts_from_its_language_model(tiny_data, tiny_tokenizer, tmp_path):
     text = TextData(sources=("text.jsonl",))
-    lm = LM("lm", tokenizer=str(tiny_tokenizer), model="0.1M", data=text, seq_len=64, batch_size=8, steps=6, log_every=3)
+    lm = LM("lm", tokenizer=str(tiny_tokenizer), model="0.1M", data=text, seq_len=64, batch_size=8, steps=6,
+            log_every=3)  # fmt: skip
     train(lm, tmp_path / "lm", tiny_data)
     assert losses(tmp_path / "lm")[-1] < losses(tmp_path / "lm")[0]
     # A rate of zero leaves the parent's parameters as they were.
-    pm = replace(make_pm(tiny_tokenizer, steps=1, optim=OptimConfig(lr=0.0)), tokenizer=None, model=None, init=str(tmp_path / "lm"))
+    child = {"tokenizer": None, "model": None, "init": str(tmp_path / "lm")}
+    pm = replace(make_pm(tiny_tokenizer, steps=1, optim=OptimConfig(lr=0.0)), **child)
     train(pm, tmp_path / "pm", tiny_data)
     parent, child = (checkpoint.read_checksums(tmp_path / name) for name in ("lm", "pm"))
     params = [name for name in parent if name.startswith("params/")]

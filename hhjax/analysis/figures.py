@@ -1,0 +1,193 @@
+"""Figures of preference modelling, each as PNG and CSV with the paper's claim beside what was found. No jax."""
+
+import csv
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import matplotlib
+import numpy as np
+
+matplotlib.use("Agg")  # figures are files
+import matplotlib.pyplot as plt  # noqa: E402
+
+from hhjax.analysis.runs import Result  # noqa: E402
+from hhjax.analysis.scores import pooled  # noqa: E402
+from hhjax.analysis.stats import (  # noqa: E402
+    calibration, calibration_error, correct, log_linear_fit, mean_estimate, win_probability,
+)  # fmt: skip
+
+COLORS = ("#1f5a8c", "#c8501e", "#3d8a4e", "#8457a6", "#a67c00", "#5b5b5b")
+
+
+class Line(NamedTuple):
+    """A curve with an interval at each point; all of one length."""
+
+    label: str
+    x: Sequence[float]
+    y: Sequence[float]
+    low: Sequence[float]
+    high: Sequence[float]
+
+
+def estimate_line(label: str, x, parts) -> Line:
+    """Accuracy at each x, of the pooled scores `parts[i]`, with intervals over opening prompts."""
+    found = [mean_estimate(correct(p.margin), p.opening) for p in parts]
+    return Line(label, list(x), [e.value for e in found], [e.low for e in found], [e.high for e in found])
+
+
+def by(results: Sequence[Result], key) -> dict:
+    """key(result) -> the pooled scores of those results (seeds, folds), in the order of the keys."""
+    groups = defaultdict(list)
+    for r in results:
+        groups[key(r)].append(r.scores)
+    return {k: pooled(groups[k]) for k in sorted(groups)}
+
+
+def accuracy_figure(results: Sequence[Result], path: Path) -> str:
+    """Figure 7: accuracy against the number of comparisons (a line a size) and against parameters (a line a number)."""
+    scores = by(results, lambda r: (r.about["parameters"], r.about["comparisons"]))
+    names = {r.about["parameters"]: r.about["size"] for r in results}
+    sizes, amounts = ([*dict.fromkeys(sorted(k[i] for k in scores))] for i in (0, 1))
+    by_amount = [
+        estimate_line(names[s], [d for d in amounts if (s, d) in scores], [scores[s, d] for d in amounts if (s, d) in scores])
+        for s in sizes
+    ]
+    by_size = [
+        estimate_line(f"{d} pairs", [s for s in sizes if (s, d) in scores], [scores[s, d] for s in sizes if (s, d) in scores])
+        for d in amounts
+    ]
+    biggest, most = by_amount[-1], by_size[-1]
+    found = [trend(biggest, "comparisons", f"the {biggest.label} model"), trend(most, "parameters", most.label)]
+    fig, axes = plt.subplots(1, 2, figsize=(10, 4.2), sharey=True)
+    for ax, lines, label in zip(axes, (by_amount, by_size), ("comparisons", "parameters without embeddings")):
+        draw(ax, lines, label, "test accuracy")
+        ax.set_xscale("log")
+        ax.axhline(0.5, color="#999999", lw=0.8, ls=":")
+    claim = "Paper (Fig. 7): accuracy grows about linearly in the logarithm of data and of model size."
+    return finish(fig, path, claim, " ".join(found), {"comparisons": by_amount, "parameters": by_size})
+
+
+def mixture_figure(results: Sequence[Result], path: Path) -> str:
+    """Figures 19 and 26: accuracy on each kind of test, and their mean, against the harmless share of training."""
+    lines, means = [], []
+    for (size, name), group in _grouped(results, lambda r: (r.about["parameters"], r.about["size"])).items():
+        scores = by(group, lambda r: r.about["shares"].get("harmless-base", 0.0))
+        shares = [100 * s for s in scores]
+        kinds = {}
+        for kind in ("helpful-base", "harmless-base"):
+            kinds[kind] = estimate_line(f"{name} on {kind}", shares, [p.only(p.source == kind) for p in scores.values()])
+        lines += kinds.values()
+        means.append(estimate_line(f"{name}, both tests", shares, [balanced(p) for p in scores.values()]))
+    helpful, harmless = lines[0], lines[1]
+    found = (
+        f"{helpful.label.split()[0]}: trained on helpfulness alone {helpful.y[0]:.3f} on helpful and {harmless.y[0]:.3f} on "
+        f"harmless comparisons; on harmlessness alone {helpful.y[-1]:.3f} and {harmless.y[-1]:.3f}; "
+        f"best mean {max(means[0].y):.3f} at {means[0].x[int(np.argmax(means[0].y))]:.0f} % harmless."
+    )
+    fig, axes = plt.subplots(1, 2, figsize=(10, 4.2), sharey=True)
+    for ax, drawn in zip(axes, (lines, means)):
+        draw(ax, drawn, "harmless share of training pairs, %", "test accuracy")
+        ax.axhline(0.5, color="#999999", lw=0.8, ls=":")
+    claim = "Paper (Figs. 19, 26): trained on one kind alone, far below chance on the other; mixtures are good at both."
+    return finish(fig, path, claim, found, {"kind": lines, "mean": means})
+
+
+def calibration_figure(results: Sequence[Result], path: Path, bins: int = 10) -> str:
+    """Figure 9: accuracy against score difference, beside 1/(1+exp(-difference))."""
+    everything = pooled([r.scores for r in results])
+    lines, found = [], []
+    for source in dict.fromkeys(everything.source.tolist()):
+        part = everything.only(everything.source == source)
+        curve = calibration(part.margin, bins)
+        half = 1.96 * np.sqrt(curve.accuracy * (1 - curve.accuracy) / curve.count)
+        lines.append(Line(source, curve.margin, curve.accuracy, curve.accuracy - half, curve.accuracy + half))
+        confidence = win_probability(np.abs(part.margin)).mean()
+        gap = correct(part.margin).mean() - confidence
+        word = "under" if gap > 0 else "over"
+        error = calibration_error(part.margin, bins)
+        found.append(f"{source}: calibration error {error:.3f}, {word}-confident by {abs(gap):.3f} on average.")
+    fig, ax = plt.subplots(figsize=(5.6, 4.4))
+    draw(ax, lines, "|score difference|", "accuracy")
+    x = np.linspace(0, max(max(line.x) for line in lines), 100)
+    ax.plot(x, win_probability(x), color="black", ls="--", lw=1, label=r"$1/(1+e^{-\Delta})$")
+    ax.legend(fontsize=8)
+    claim = "Paper (Fig. 9): helpful-only models are well calibrated, models of the mixture slightly under-confident."
+    return finish(fig, path, claim, " ".join(found), {"difference": lines})
+
+
+def turn_figure(results: Sequence[Result], path: Path, most_turns: int = 6) -> str:
+    """Figure 8: accuracy and number of test pairs by turn of the dialogue (that many turns and more at the end)."""
+    everything = pooled([r.scores for r in results])
+    turn = np.minimum(everything.turns, most_turns)
+    lines = []
+    for source in [*dict.fromkeys(everything.source.tolist()), "all"]:
+        here = (everything.source == source) | (source == "all")
+        turns = [t for t in range(1, most_turns + 1) if np.sum(here & (turn == t)) >= 20]
+        lines.append(estimate_line(source, turns, [everything.only(here & (turn == t)) for t in turns]))
+    fig, axes = plt.subplots(1, 2, figsize=(10, 4.2))
+    counts = [int(np.sum(turn == t)) for t in range(1, most_turns + 1)]
+    axes[0].bar(range(1, most_turns + 1), counts, color=COLORS[0])
+    axes[0].set(xlabel=f"turn ({most_turns}: and later)", ylabel="test pairs")
+    draw(axes[1], lines, "turn", "test accuracy")
+    axes[1].axhline(0.5, color="#999999", lw=0.8, ls=":")
+    total = lines[-1]
+    later = everything.only(everything.turns > 1)
+    rest = mean_estimate(correct(later.margin), later.opening)
+    found = f"First turn {total.y[0]:.3f} [{total.low[0]:.3f}, {total.high[0]:.3f}], later turns {rest}."
+    claim = "Paper (Fig. 8): the first turn is two to four points easier, later turns are alike."
+    return finish(fig, path, claim, found, {"turn": lines})
+
+
+# Helpers --------------------------------------------------------------------------------------------------------------
+
+
+def balanced(scores):
+    """The same number of rows of each source: the mean over kinds, in spite of unequal tests."""
+    sources = dict.fromkeys(scores.source.tolist())
+    least = min(np.sum(scores.source == s) for s in sources)
+    rows = np.concatenate([np.flatnonzero(scores.source == s)[:least] for s in sources])
+    return scores.only(np.sort(rows))
+
+
+def trend(line: Line, what: str, who: str) -> str:
+    """One sentence about a line: its ends, and the slope a factor of ten in x."""
+    if len(line.x) < 2:
+        return f"{who}: {line.y[0]:.3f} [{line.low[0]:.3f}, {line.high[0]:.3f}]."
+    _, slope, r2 = log_linear_fit(line.x, line.y)
+    return (
+        f"{who}: {line.y[0]:.3f} at {line.x[0]:g} {what}, {line.y[-1]:.3f} at {line.x[-1]:g} "
+        f"({slope * np.log(10):+.3f} a factor of ten, R² {r2:.2f})."
+    )
+
+
+def draw(ax, lines: Sequence[Line], xlabel: str, ylabel: str) -> None:
+    for color, line in zip(COLORS * len(lines), lines):
+        low, high = np.subtract(line.y, line.low), np.subtract(line.high, line.y)
+        ax.errorbar(line.x, line.y, yerr=[low, high], color=color, marker="o", ms=4, lw=1.4, capsize=2, label=line.label)
+    ax.set(xlabel=xlabel, ylabel=ylabel)
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.legend(fontsize=8)
+
+
+def finish(fig, path: Path, claim: str, found: str, panels: dict[str, Sequence[Line]]) -> str:
+    """Writes path.png and path.csv; returns what was found, in words."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fig.text(0.01, 0.01, f"{claim}\nHere: {found}", fontsize=7.5, va="bottom", wrap=True)
+    fig.tight_layout(rect=(0, 0.13, 1, 1))
+    fig.savefig(path.with_suffix(".png"), dpi=130)
+    plt.close(fig)
+    with open(path.with_suffix(".csv"), "w", newline="") as f:
+        writer = csv.writer(f)
+        writer.writerow(("panel", "line", "x", "y", "low", "high"))
+        for panel, lines in panels.items():
+            writer.writerows((panel, line.label, *map(float, point)) for line in lines for point in zip(*line[1:]))
+    return found
+
+
+def _grouped(results, key) -> dict:
+    groups = defaultdict(list)
+    for r in results:
+        groups[key(r)].append(r)
+    return dict(sorted(groups.items()))

@@ -1,0 +1,43 @@
+"""Scores of comparisons by a preference model."""
+
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+
+from hhjax.data.comparisons import Comparison
+from hhjax.data.stream import Host, PairSource
+from hhjax.objectives.preference import pair_scores
+from hhjax.sharding import put_batch, replicated
+from hhjax.types import Model
+
+
+def score_comparisons(
+    model: Model, params, tokenizer, rows: Sequence[Comparison], seq_len: int, batch_size: int, mesh
+) -> np.ndarray:
+    """Chosen and rejected score of every row, [len(rows), 2] f32.
+
+    No row is left out: where a reply does not fit in seq_len the pair is scored at the length that it needs,
+    since the dropped pairs would not be a random sample.
+    """
+    scores = np.full((len(rows), 2), np.nan, np.float32)
+    left = np.arange(len(rows))
+    host = Host(jax.process_index(), jax.process_count())
+    score = jax.jit(lambda p, pairs: pair_scores(model, p, pairs)[:2], out_shardings=replicated(mesh))
+    while len(left):
+        try:
+            source = PairSource([rows[i] for i in left], tokenizer, seq_len, batch_size)
+        except ValueError:  # none of them fits
+            seq_len *= 2
+            continue
+        kept = {id(row) for row in source.rows}
+        places = np.array([i for i in left if id(rows[i]) in kept])
+        left = np.array([i for i in left if id(rows[i]) not in kept], int)
+        by_length = np.argsort(source.lengths, kind="stable")
+        for start in range(0, len(by_length), batch_size):
+            at = by_length[np.minimum(np.arange(start, start + batch_size), len(by_length) - 1)]
+            mine = np.split(at, host.count)[host.index]
+            found = jax.device_get(score(params, put_batch(source.take(mine, width_of=at), mesh)))
+            scores[places[at]] = np.stack(found, 1)
+        seq_len *= 2
+    return scores

@@ -1,0 +1,72 @@
+"""The loop of Evaluate: a preference model and its baselines on held-out comparisons."""
+
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from hhjax.analysis.scores import Scores, write_summary
+from hhjax.data.comparisons import ComparisonData, load_comparisons, opening_hash
+from hhjax.data.records import DataError
+from hhjax.data.transcripts import HUMAN, parse_transcript
+from hhjax.evals.baselines import baseline_margins
+from hhjax.evals.preference import score_comparisons
+from hhjax.experiment import Evaluate, StageContext
+from hhjax.loops.supervised import load_model
+from hhjax.model.sizes import matmul_params
+from hhjax.sharding import batch_ways, make_mesh
+
+
+def run(stage: Evaluate, ctx: StageContext) -> None:
+    """Scores the test side of the stage's data; writes evals/scores.csv, summary.json and table.txt.
+
+    The baselines learn from the very pairs that the preference model was trained on.
+    Raises DataError where the model has seen an opening prompt of the test.
+    """
+    mesh = make_mesh(stage.mesh)
+    folder, step = ctx.parent(stage.of)
+    parent = ctx.parent_stages[stage.of]
+    model, params, tokenizer = load_model(folder, step, mesh)
+    test, _ = load_comparisons(stage.data, "test", ctx.data_dir)
+    train, _ = load_comparisons(training_data(parent), "train", ctx.data_dir)
+    require_unseen(train, test)
+    batch_size = -(-stage.batch_size // batch_ways(mesh)) * batch_ways(mesh)
+    found = score_comparisons(model, params, tokenizer, test, parent["config"]["seq_len"], batch_size, mesh)
+    if jax.process_index():
+        return
+    scores = Scores(
+        source=np.array([row.source for row in test]),
+        opening=np.array([opening_hash(row.prompt) for row in test]),
+        turns=np.array([sum(t.role == HUMAN for t in parse_transcript(row.prompt)) for row in test]),
+        chosen=found[:, 0],
+        rejected=found[:, 1],
+        baselines=baseline_margins(train, test) if stage.baselines else {},
+    )
+    saw = Counter(row.source for row in train)
+    about = {
+        "pm": str(folder),
+        "size": parent["size"],
+        "seed": parent["seed"],
+        "parameters": matmul_params(model.config),
+        "comparisons": len(train),
+        "shares": {source: round(count / len(train), 4) for source, count in saw.items()},
+    }
+    print(write_summary(ctx.dir / "evals", scores, about))
+
+
+def training_data(parent: dict) -> ComparisonData:
+    """The comparisons that a preference model was trained on, from its config.json."""
+    saved = parent["config"]["data"]
+    fields = {name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()}
+    files = {ref: str(Path(folder) / "comparisons.jsonl.gz") for ref, folder in parent["parents"].items()}
+    return replace(ComparisonData(**fields), sources=tuple(files.get(s, s) for s in fields["sources"]))
+
+
+def require_unseen(train, test) -> None:
+    """Raises DataError where an opening prompt of the test was trained on, say on another fold of one data set."""
+    seen = {opening_hash(row.prompt) for row in train}
+    if leaked := sum(opening_hash(row.prompt) in seen for row in test):
+        raise DataError(f"the model was trained on the opening prompts of {leaked} of {len(test)} test pairs: "
+                        f"give this stage the data, and the fold, of the model")  # fmt: skip

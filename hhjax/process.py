@@ -1,0 +1,22 @@
+"""What must be settled before jax is imported: how the C library hands out memory."""
+
+import os
+import sys
+from pathlib import Path
+
+THP = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+TUNABLE = "glibc.malloc.hugetlb=1"
+
+
+def use_huge_pages() -> None:
+    """Starts this process anew, once, with glibc asking for huge pages, where the kernel leaves that to programs.
+
+    XLA on CPU takes and returns gigabytes of temporaries every step, and faults them in 4 KiB at a time:
+    half of a small model's step in a virtual machine. Only an environment variable read at the start of
+    a process changes that. GLIBC_TUNABLES, once set to anything, is left alone.
+    """
+    if sys.platform != "linux" or "GLIBC_TUNABLES" in os.environ:
+        return
+    if THP.is_file() and "[madvise]" in THP.read_text():
+        os.environ["GLIBC_TUNABLES"] = TUNABLE
+        os.execv(sys.executable, [sys.executable, "-m", "hhjax.cli", *sys.argv[1:]])

@@ -1,0 +1,20 @@
+#!/usr/bin/env bash
+# From nothing but Python 3.11 or 3.12: installs, then runs the tests that are not slow.
+#   --all     the slow ones too
+#   --oracle  installs torch and transformers as well, and compares with them
+# Other arguments go to pytest.
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
+marks="not slow and not oracle"
+rest=()
+for argument in "$@"; do
+    case "$argument" in
+        --all) marks=${marks/not slow and /} ;;
+        --oracle)
+            marks=${marks/not oracle/(oracle or not oracle)}
+            "$PY" -c 'import torch, transformers' 2>/dev/null || "$PY" -m pip install --quiet --disable-pip-version-check --editable '.[oracle]'
+            ;;
+        *) rest+=("$argument") ;;
+    esac
+done
+exec "$PY" -m pytest -m "$marks" "${rest[@]}"
