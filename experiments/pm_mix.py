@@ -9,7 +9,7 @@ Command    hhjax sweep experiments/pm_mix.py --jobs 1
            python scripts/plot_mixture.py runs/experiments/pm_mix.json
 """
 
-from pm_hh import BASE, FAST
+from pm_hh import BASE, FAST, FAST_PM
 
 from hhjax.experiment import Experiment, edit, grid
 
@@ -17,7 +17,8 @@ from hhjax.experiment import Experiment, edit, grid
 def runs(fast: bool = False, steps: int = 6, pairs: int = 1800, seeds: int = 1):
     """steps: how many mixtures from 0 to 100 % harmless. pairs: in every mixture, at most what one kind has."""
     base = edit(Experiment("pm_mix", BASE.stages), "pm.data.limit", pairs)
-    for path, value in FAST.items() if fast else ():
+    small = FAST | {f"pm.{path}": value for path, value in FAST_PM.items()}
+    for path, value in small.items() if fast else ():
         base = edit(base, path, value)
     shares = [k / (steps - 1) for k in range(steps)]
     mixtures = {f"{100 * share:.0f}%": (1 - share, share) for share in shares}

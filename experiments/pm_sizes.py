@@ -9,7 +9,7 @@ Command    hhjax sweep experiments/pm_sizes.py --jobs 1
            python scripts/plot_accuracy.py runs/experiments/pm_sizes.json
 """
 
-from pm_hh import BASE, FAST
+from pm_hh import BASE, FAST, FAST_PM
 
 from hhjax.experiment import Experiment, edit, grid
 
@@ -17,7 +17,8 @@ from hhjax.experiment import Experiment, edit, grid
 def runs(fast: bool = False, sizes: str = "0.1M,0.4M", pairs: str = "460,920,1840,3680", seeds: int = 1):
     """sizes and pairs: values with commas between; the smaller sets of pairs are part of the larger."""
     base, amounts = Experiment("pm_sizes", BASE.stages), [int(n) for n in pairs.split(",")]
-    for path, value in FAST.items() if fast else ():
+    small = FAST | {f"pm.{path}": value for path, value in FAST_PM.items()}
+    for path, value in small.items() if fast else ():
         base = edit(base, path, value)
     if fast:
         amounts = [160, 320]

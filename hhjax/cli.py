@@ -12,6 +12,7 @@ import tyro
 
 from hhjax.io.metrics import clock, read_events, read_rows
 from hhjax.io.rundir import list_runs, read_state
+from hhjax.process import keep_compiled, use_huge_pages
 
 Positional = tyro.conf.Positional
 
@@ -28,10 +29,12 @@ USAGE = """usage: hhjax COMMAND
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The console script. Ends the process with the exit code."""
+    if argv is None:  # a process of its own, whose memory and logging are ours
+        use_huge_pages()
+        keep_compiled()
+        log_once()
     from hhjax.launch import exit_code
 
-    if argv is None:  # a process of its own, whose logging is ours
-        log_once()
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] in ("-h", "--help"):
         print(USAGE)

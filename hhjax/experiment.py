@@ -399,14 +399,20 @@ def reference_id(ref: str, placed: Mapping[str, Placed]) -> str:
 
 
 def size_of(stage: Stage, parents: Mapping, placed: Mapping[str, Placed]) -> str:
-    """What a run directory's name begins with: the rung of the ladder, the vocabulary, or the parent's size."""
+    """What a run directory's name begins with: the rung of the ladder, the vocabulary, or the parent's size, which for
+    a folder that is no run directory is its name."""
     if isinstance(stage, Tokenizer):
         return f"v{stage.vocab}"
     if isinstance(stage, Training) and not stage.init:
         return stage.model or DEFAULT_SIZE
     first = next(iter(parents))
     name, _ = split_step(first)
-    return placed[name].size if name in placed else read_config(parents[first]).get("size", "external")
+    return placed[name].size if name in placed else read_config(parents[first]).get("size") or folder_name(name)
+
+
+def folder_name(path: str) -> str:
+    """The last part of a path or address as part of a file name."""
+    return re.sub(r"[^\w.]+", "_", Path(path).absolute().name).strip("_.") or "external"
 
 
 def read_config(folder) -> dict:

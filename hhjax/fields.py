@@ -67,6 +67,15 @@ def nearest(word: str, known) -> str:
     return f"; did you mean {close[0]!r}?" if close else f"; known are {', '.join(known[:12]) or 'none'}"
 
 
+def names_in(text: str, known) -> list[str]:
+    """The names in "a,b,c"; ConfigError on one that is not in `known`."""
+    names = text.split(",")
+    for name in names:
+        if name not in known:
+            raise ConfigError(f"unknown name {name!r} in {text!r}{nearest(name, known)}")
+    return names
+
+
 def hinted_fields(cls):
     hints = typing.get_type_hints(cls)
     return [(f, hints[f.name]) for f in dataclasses.fields(cls)]

@@ -67,19 +67,16 @@ def parse(argv: Sequence[str], prog: str, extra: type | None = None) -> tuple[Co
     top = [f for cls in tops.values() for f in plain_fields(cls) if f[0] != "fast" or cls is LaunchConfig]
     # Which stages there are may depend on the file's own flags, so those are read first.
     known = make_dataclass("Flags", top)
-    early, _ = tyro.cli(known, args=without_help(rest), config=SWITCHES, return_unknown_args=True)
+    name = f"{prog} {file}"
+    early, _ = tyro.cli(known, args=without_help(rest), prog=name, config=SWITCHES, return_unknown_args=True)
     found = as_runs(module.RUNS if hasattr(module, "RUNS") else module.runs(**picked(tops["file"], early)))
     if not found:
         raise ConfigError(f"{file} defines no runs")
     first = found[0].experiment
     stages = [(s.name, cls := flags_class(s), field(default_factory=cls)) for s in first.stages]
-    flags = tyro.cli(
-        make_dataclass("Flags", top + stages),
-        args=rest,
-        prog=f"{prog} {file}",
-        description=module.__doc__ or "",
-        config=SWITCHES,
-    )
+    if rest != without_help(rest):
+        print(module.__doc__ or "")  # tyro would set it as one paragraph
+    flags = tyro.cli(make_dataclass("Flags", top + stages), args=rest, prog=name, description="", config=SWITCHES)
     launch = LaunchConfig(**picked(LaunchConfig, flags))
     changes = {path: value_at(flags, path) for path in given_paths(rest)}
     changes |= {"seed": launch.seed} if launch.seed is not None else {}

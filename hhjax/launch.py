@@ -15,7 +15,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from hhjax.experiment import Diverged, Placed, Preempted, Run, StageContext, place, read_config
+from hhjax.experiment import Diverged, Placed, Preempted, Run, StageContext, place, read_config, split_step
 from hhjax.fields import ConfigError
 from hhjax.flags import Command, modules_beside, parse
 from hhjax.io.files import write_atomically
@@ -106,7 +106,8 @@ def run_stage(command: Command, run: Run, placed: Placed, should_stop: Callable[
         tell(f"{run.full_name}: {stage.name} is done ({folder})")
         return
     for ref, parent in placed.parents.items():
-        if isinstance(parent, Path) and (parent / "config.json").is_file() and not is_done(parent):
+        is_stage = split_step(ref)[0] in placed.after or "id" in read_config(parent)
+        if is_stage and not is_done(Path(parent)):
             raise ConfigError(f"{stage.name} needs {ref!r}, which is not done ({parent}); run it first")
     tell(f"{run.full_name}: {stage.name} in {folder}")
     if first_process():

@@ -1,6 +1,5 @@
 """--dry-run: what a run would do, without allocating it: shapes, parameters, shardings, tokens, FLOPs, memory."""
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,10 +9,11 @@ import numpy as np
 
 from hhjax import roofline
 from hhjax.data.tokenizer import load_tokenizer
-from hhjax.experiment import DEFAULT_SIZE, PM, Placed, Run, Tokenizer, Training, place
+from hhjax.experiment import DEFAULT_SIZE, PM, Placed, Run, Tokenizer, Training, place, split_step
+from hhjax.io.models import open_model
 from hhjax.model.sizes import matmul_params, model_config
-from hhjax.model.transformer import ModelConfig, config_from_json, make_model
-from hhjax.sharding import batch_ways, make_mesh, param_shardings
+from hhjax.model.transformer import ModelConfig, make_model
+from hhjax.sharding import batch_ways, check_batch, make_mesh, param_shardings
 from hhjax.train.state import init_state, make_optimizer, state_shardings
 from hhjax.train.step import make_train_step, shard_step
 from hhjax.types import Pairs, Tokens
@@ -37,6 +37,7 @@ def describe(run: Run, out: Path, data_dir: Path | None = None) -> str:
 def describe_training(stage: Training, cfg: ModelConfig) -> Iterator[str]:
     """Model, state and step of a training stage at its widest batch."""
     mesh = make_mesh(stage.mesh)
+    check_batch(stage.batch_size // stage.micro_batches, mesh)
     model = make_model(cfg, mesh, stage.run)
     optimizer = make_optimizer(stage.optim, stage.steps or 1)
     shapes = jax.eval_shape(model.init, jax.random.key(0))
@@ -85,15 +86,14 @@ def architecture(placed: Placed, run: dict[str, Placed]) -> ModelConfig:
     """The model a training stage would build, from its parents in this run or on disk."""
     stage = placed.stage
     if not stage.init:
-        name = stage.tokenizer
-        known = run[name].stage if name in run else None
-        vocab = known.vocab if isinstance(known, Tokenizer) else None
-        return model_config(stage.model or DEFAULT_SIZE, vocab or _saved_vocab(placed.parents[name]))
-    name = stage.init.split("@")[0]
+        return model_config(stage.model or DEFAULT_SIZE, vocabulary(stage.tokenizer, placed, run))
+    name, step = split_step(stage.init)
     if name in run:
         return architecture(run[name], run)
-    return config_from_json(json.loads((placed.parents[stage.init] / "model.json").read_text()))
+    return open_model(placed.parents[stage.init], step, vocabulary(stage.tokenizer or stage.init, placed, run)).config
 
 
-def _saved_vocab(folder: Path) -> int:
-    return load_tokenizer(folder).vocab_size
+def vocabulary(ref: str, placed: Placed, run: dict[str, Placed]) -> int:
+    """The rows that a tokenizer needs: as its stage says, or as the folder holds it."""
+    stage = run[ref].stage if ref in run else None
+    return stage.vocab if isinstance(stage, Tokenizer) else load_tokenizer(placed.parents[ref]).vocab_size

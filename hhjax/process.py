@@ -1,4 +1,4 @@
-"""What must be settled before jax is imported: how the C library hands out memory."""
+"""What must be settled before jax is imported: where compiled programs are kept, how the C library hands out memory."""
 
 import os
 import sys
@@ -6,6 +6,17 @@ from pathlib import Path
 
 THP = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 TUNABLE = "glibc.malloc.hugetlb=1"
+
+
+def cache_dir() -> Path:
+    """$HHJAX_CACHE, or ~/.cache/hhjax: downloads and compiled programs."""
+    return Path(os.environ.get("HHJAX_CACHE", "~/.cache/hhjax")).expanduser()
+
+
+def keep_compiled() -> None:
+    """Makes jax keep what it compiles, for this and later processes; jax's own variables, where set, win."""
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache_dir() / "xla"))
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 
 
 def use_huge_pages() -> None:

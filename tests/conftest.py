@@ -5,6 +5,7 @@ import gc
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -50,6 +51,23 @@ def tiny_tokenizer(tiny_data, tmp_path_factory) -> Path:
 
     folder = tmp_path_factory.mktemp("tokenizer")
     train_tokenizer([d.text for d in load_documents(TextData(("text.jsonl",)), tiny_data)], 320, folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def hugging_face_folder(tiny_data, tmp_path_factory) -> Path:
+    """A Llama of 96 tokens with a tokenizer.json of 96, whose <pad> and <eoc> the model has no rows for."""
+    import tokenizers
+
+    folder = tmp_path_factory.mktemp("hugging_face") / "llama-tiny"
+    shutil.copytree(ROOT / "tests" / "io" / "golden" / "llama", folder)
+    made = tokenizers.Tokenizer(tokenizers.models.BPE())
+    made.decoder = tokenizers.decoders.Fuse()
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=96, special_tokens=["</s>"], show_progress=False)
+    texts = [value for line in (tiny_data / "pairs.jsonl").read_text().splitlines() for value in json.loads(line).values()]
+    made.train_from_iterator(texts, trainer)
+    assert made.get_vocab_size() == 96
+    made.save(str(folder / "tokenizer.json"))
     return folder
 
 

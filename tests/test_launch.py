@@ -9,6 +9,7 @@ import pytest
 from hhjax import flags, launch, sweep
 from hhjax.experiment import Diverged, Preempted
 from hhjax.fields import ConfigError
+from hhjax.identity import folder_digest
 from hhjax.io.metrics import read_events
 from hhjax.sharding import MeshConfig, make_mesh
 
@@ -36,6 +37,16 @@ def doubled(model, cfg):
         value, metrics = loss(params, batch, key)
         return 2 * value, metrics
     return twice
+"""
+
+
+FOREIGN = """
+from hhjax.data.comparisons import ComparisonData
+from hhjax.experiment import PM, Experiment
+
+RUNS = Experiment("foreign", (
+    PM("pm", init={folder!r}, data=ComparisonData(("pairs.jsonl",)), seq_len=160, batch_size=8, steps=2, eval_rows=8),
+))
 """
 
 
@@ -76,8 +87,6 @@ def test_stages_run_in_order_once_and_are_shared(chain, capsys):
 def test_a_folder_says_where_it_comes_from(chain):
     assert launch.run(["chain.py", "--only", "seed=0", "--stage", "tok"]) == 0
     with pytest.raises(ConfigError, match="pm needs 'lm', which is not done"):
-        command, _ = flags.parse(["chain.py", "--only", "seed=0", "--stage", "pm"], "hhjax run")
-        make_lm_unfinished(command)
         launch.run(["chain.py", "--only", "seed=0", "--stage", "pm"])
     folder = next((chain / "runs/tokenizer").iterdir())
     assert (folder / "experiment.py").read_text() == CHAIN
@@ -89,11 +98,14 @@ def test_a_folder_says_where_it_comes_from(chain):
     assert config["kind"] == "tokenizer" and config["config"]["vocab"] == 320 and config["id"] in folder.name
 
 
-def make_lm_unfinished(command):
-    """The folder of an LM that was started and not finished."""
-    lm = launch.place(command.runs[0], command.launch.out)[1]
-    lm.dir.mkdir(parents=True)
-    (lm.dir / "config.json").write_text("{}")
+def test_a_hugging_face_folder_is_a_parent(chain, hugging_face_folder):
+    (chain / "foreign.py").write_text(FOREIGN.format(folder=str(hugging_face_folder)))
+    assert launch.run(["foreign.py"]) == 0
+    (pm,) = (chain / "runs/pm").iterdir()
+    assert (pm / "DONE").exists() and pm.name.startswith("llama_tiny-s0-")
+    config = json.loads((pm / "config.json").read_text())
+    assert config["parents"] == {str(hugging_face_folder): str(hugging_face_folder)}
+    assert config["identity"]["init"] == folder_digest(hugging_face_folder)
 
 
 def test_a_folder_of_another_config_is_refused_by_field(chain):

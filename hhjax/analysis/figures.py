@@ -1,6 +1,7 @@
 """Figures of preference modelling, each as PNG and CSV with the paper's claim beside what was found. No jax."""
 
 import csv
+import textwrap
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 
 matplotlib.use("Agg")  # figures are files
 import matplotlib.pyplot as plt  # noqa: E402
+from matplotlib.transforms import ScaledTranslation  # noqa: E402
 
 from hhjax.analysis.runs import Result  # noqa: E402
 from hhjax.analysis.scores import pooled  # noqa: E402
@@ -55,7 +57,7 @@ def accuracy_figure(results: Sequence[Result], path: Path) -> str:
         for s in sizes
     ]
     by_size = [
-        estimate_line(f"{d} pairs", [s for s in sizes if (s, d) in scores], [scores[s, d] for s in sizes if (s, d) in scores])
+        estimate_line(f"{d:,} pairs", [s for s in sizes if (s, d) in scores], [scores[s, d] for s in sizes if (s, d) in scores])
         for d in amounts
     ]
     biggest, most = by_amount[-1], by_size[-1]
@@ -63,8 +65,10 @@ def accuracy_figure(results: Sequence[Result], path: Path) -> str:
     fig, axes = plt.subplots(1, 2, figsize=(10, 4.2), sharey=True)
     for ax, lines, label in zip(axes, (by_amount, by_size), ("comparisons", "parameters without embeddings")):
         draw(ax, lines, label, "test accuracy")
-        ax.set_xscale("log")
-        ax.axhline(0.5, color="#999999", lw=0.8, ls=":")
+        chance(ax)
+        ax.label_outer()
+    log_axis(axes[0], amounts, [f"{n:,}" for n in amounts])
+    log_axis(axes[1], sizes, [names[s] for s in sizes])
     claim = "Paper (Fig. 7): accuracy grows about linearly in the logarithm of data and of model size."
     return finish(fig, path, claim, " ".join(found), {"comparisons": by_amount, "parameters": by_size})
 
@@ -89,7 +93,8 @@ def mixture_figure(results: Sequence[Result], path: Path) -> str:
     fig, axes = plt.subplots(1, 2, figsize=(10, 4.2), sharey=True)
     for ax, drawn in zip(axes, (lines, means)):
         draw(ax, drawn, "harmless share of training pairs, %", "test accuracy")
-        ax.axhline(0.5, color="#999999", lw=0.8, ls=":")
+        chance(ax)
+        ax.label_outer()
     claim = "Paper (Figs. 19, 26): trained on one kind alone, far below chance on the other; mixtures are good at both."
     return finish(fig, path, claim, found, {"kind": lines, "mean": means})
 
@@ -112,7 +117,7 @@ def calibration_figure(results: Sequence[Result], path: Path, bins: int = 10) ->
     draw(ax, lines, "|score difference|", "accuracy")
     x = np.linspace(0, max(max(line.x) for line in lines), 100)
     ax.plot(x, win_probability(x), color="black", ls="--", lw=1, label=r"$1/(1+e^{-\Delta})$")
-    ax.legend(fontsize=8)
+    legend(ax)
     claim = "Paper (Fig. 9): helpful-only models are well calibrated, models of the mixture slightly under-confident."
     return finish(fig, path, claim, " ".join(found), {"difference": lines})
 
@@ -129,13 +134,14 @@ def turn_figure(results: Sequence[Result], path: Path, most_turns: int = 6) -> s
     fig, axes = plt.subplots(1, 2, figsize=(10, 4.2))
     counts = [int(np.sum(turn == t)) for t in range(1, most_turns + 1)]
     axes[0].bar(range(1, most_turns + 1), counts, color=COLORS[0])
-    axes[0].set(xlabel=f"turn ({most_turns}: and later)", ylabel="test pairs")
+    axes[0].set(xlabel="turn", ylabel="test pairs")
     draw(axes[1], lines, "turn", "test accuracy")
-    axes[1].axhline(0.5, color="#999999", lw=0.8, ls=":")
-    total = lines[-1]
-    later = everything.only(everything.turns > 1)
-    rest = mean_estimate(correct(later.margin), later.opening)
-    found = f"First turn {total.y[0]:.3f} [{total.low[0]:.3f}, {total.high[0]:.3f}], later turns {rest}."
+    chance(axes[1])
+    for ax in axes:
+        ax.set_xticks(range(1, most_turns + 1), [*map(str, range(1, most_turns)), f"{most_turns}+"])
+        ax.spines[["top", "right"]].set_visible(False)
+    first, later = (accuracy_in_words(everything.only(rows)) for rows in (turn == 1, turn > 1))
+    found = f"First turn {first}, later turns {later}."
     claim = "Paper (Fig. 8): the first turn is two to four points easier, later turns are alike."
     return finish(fig, path, claim, found, {"turn": lines})
 
@@ -143,39 +149,69 @@ def turn_figure(results: Sequence[Result], path: Path, most_turns: int = 6) -> s
 # Helpers --------------------------------------------------------------------------------------------------------------
 
 
+def accuracy_in_words(scores) -> str:
+    """Accuracy with its interval, or that there is nothing to take it of."""
+    return str(mean_estimate(correct(scores.margin), scores.opening)) if len(scores.source) else "no pairs"
+
+
 def balanced(scores):
-    """The same number of rows of each source: the mean over kinds, in spite of unequal tests."""
-    sources = dict.fromkeys(scores.source.tolist())
-    least = min(np.sum(scores.source == s) for s in sources)
-    rows = np.concatenate([np.flatnonzero(scores.source == s)[:least] for s in sources])
-    return scores.only(np.sort(rows))
+    """The same number of rows of each source, spread over all of them (folds, seeds): the mean over kinds, in spite
+    of unequal tests."""
+    of_each = [np.flatnonzero(scores.source == s) for s in dict.fromkeys(scores.source.tolist())]
+    least = min(map(len, of_each))
+    rows = [at[np.linspace(0, len(at) - 1, least).astype(int)] for at in of_each]
+    return scores.only(np.sort(np.concatenate(rows)))
 
 
 def trend(line: Line, what: str, who: str) -> str:
-    """One sentence about a line: its ends, and the slope a factor of ten in x."""
+    """One sentence about a line: its ends, and the slope a factor of ten in x (R² where it says anything)."""
     if len(line.x) < 2:
         return f"{who}: {line.y[0]:.3f} [{line.low[0]:.3f}, {line.high[0]:.3f}]."
     _, slope, r2 = log_linear_fit(line.x, line.y)
-    return (
-        f"{who}: {line.y[0]:.3f} at {line.x[0]:g} {what}, {line.y[-1]:.3f} at {line.x[-1]:g} "
-        f"({slope * np.log(10):+.3f} a factor of ten, R² {r2:.2f})."
-    )
+    fit = f"{slope * np.log(10):+.3f} a factor of ten" + (f", R² {r2:.2f}" if len(line.x) > 2 else "")
+    return f"{who}: {line.y[0]:.3f} at {line.x[0]:,} {what}, {line.y[-1]:.3f} at {line.x[-1]:,} ({fit})."
 
 
 def draw(ax, lines: Sequence[Line], xlabel: str, ylabel: str) -> None:
-    for color, line in zip(COLORS * len(lines), lines):
+    """Lines with pale interval bars, a few points apart where they share an x."""
+    for number, (color, line) in enumerate(zip(COLORS * len(lines), lines)):
         low, high = np.subtract(line.y, line.low), np.subtract(line.high, line.y)
-        ax.errorbar(line.x, line.y, yerr=[low, high], color=color, marker="o", ms=4, lw=1.4, capsize=2, label=line.label)
+        bars = ax.errorbar(line.x, line.y, yerr=[low, high], fmt="none", color=color, elinewidth=1.2, alpha=0.45)
+        curve = ax.plot(line.x, line.y, color=color, marker="o", ms=4, lw=1.4, label=line.label)
+        aside = ScaledTranslation((number - (len(lines) - 1) / 2) * 3 / 72, 0, ax.figure.dpi_scale_trans)
+        for artist in (*bars.get_children(), *curve):  # moved once drawn: limits come from the data
+            artist.set_transform(ax.transData + aside)
     ax.set(xlabel=xlabel, ylabel=ylabel)
     ax.spines[["top", "right"]].set_visible(False)
-    ax.legend(fontsize=8)
+    legend(ax)
+
+
+def legend(ax) -> None:
+    """Above the axes, where no interval is."""
+    ax.legend(fontsize=8, frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=4)
+
+
+def chance(ax) -> None:
+    ax.axhline(0.5, color="#999999", lw=0.8, ls=":")
+
+
+def log_axis(ax, ticks: Sequence[int], labels: Sequence[str]) -> None:
+    """A logarithmic x axis with a tick at each point that was measured."""
+    ax.set_xscale("log")
+    ax.set_xticks(ticks, labels)
+    ax.minorticks_off()
 
 
 def finish(fig, path: Path, claim: str, found: str, panels: dict[str, Sequence[Line]]) -> str:
-    """Writes path.png and path.csv; returns what was found, in words."""
+    """Writes path.png, with claim and finding below the axes, and path.csv; returns what was found, in words."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    fig.text(0.01, 0.01, f"{claim}\nHere: {found}", fontsize=7.5, va="bottom", wrap=True)
-    fig.tight_layout(rect=(0, 0.13, 1, 1))
+    width, height = fig.get_size_inches()
+    columns = int(width * 17)  # of 7.5 point text
+    text = [line for part in (claim, f"Here: {found}") for line in textwrap.wrap(part, columns, break_on_hyphens=False)]
+    room = len(text) * 7.5 * 1.35 / 72 + 0.1  # inches
+    fig.set_size_inches(width, height + room)
+    fig.text(0.1 / width, 0.06 / (height + room), "\n".join(text), fontsize=7.5, va="bottom", linespacing=1.3)
+    fig.tight_layout(rect=(0, room / (height + room), 1, 1))
     fig.savefig(path.with_suffix(".png"), dpi=130)
     plt.close(fig)
     with open(path.with_suffix(".csv"), "w", newline="") as f:

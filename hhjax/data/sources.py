@@ -16,6 +16,7 @@ import numpy as np
 
 from hhjax.data.records import DataError, DataReport, Malformed, is_record_file, open_bytes, read_records
 from hhjax.data.transcripts import ASSISTANT, HUMAN, Turn, parse_transcript
+from hhjax.process import cache_dir
 
 COMPARISONS = ("helpful-base", "helpful-rejection-sampled", "helpful-online", "harmless-base")
 RED_TEAM = "red-team-attempts"
@@ -182,7 +183,7 @@ def download(tranche: str, repo: str | None = None, cache: str | Path | None = N
     Raises DataError with the remedy if the repository cannot be read.
     """
     repo = repo or hub_repo()
-    cache = Path(cache or os.environ.get("HHJAX_CACHE") or Path.home() / ".cache" / "hhjax")
+    cache = Path(cache or cache_dir())
     folder = cache / re.sub(r"[^\w.-]+", "--", repo) / tranche
     if folder.is_dir():
         return folder

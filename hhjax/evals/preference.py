@@ -5,7 +5,8 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
-from hhjax.data.comparisons import Comparison
+from hhjax.data.comparisons import MAX_CHARS, Comparison
+from hhjax.data.records import DataError
 from hhjax.data.stream import Host, PairSource
 from hhjax.objectives.preference import pair_scores
 from hhjax.sharding import put_batch, replicated
@@ -27,7 +28,9 @@ def score_comparisons(
     while len(left):
         try:
             source = PairSource([rows[i] for i in left], tokenizer, seq_len, batch_size)
-        except ValueError:  # none of them fits
+        except DataError:  # none of them fits
+            if seq_len > 4 * MAX_CHARS:  # the bytes of the longest row: something else is wrong with them
+                raise
             seq_len *= 2
             continue
         kept = {id(row) for row in source.rows}

@@ -38,10 +38,18 @@ def load_folder(folder, vocab_size: int = 0) -> tuple[ModelConfig, dict]:
     equal to the mean embedding are added, up to a multiple of 128.
     Raises ValueError on a family, activation, rope scaling or missing tensor that it cannot represent.
     """
-    folder = Path(folder)
-    fields = json.loads((folder / "config.json").read_text())
-    cfg = config_from_huggingface(fields)
-    return extend_vocab(cfg, params_from_tensors(cfg, fields["model_type"], read_tensors(folder)), vocab_size)
+    cfg, fields = load_config(folder), read_fields(folder)
+    return extend_vocab(cfg, params_from_tensors(cfg, fields["model_type"], read_tensors(Path(folder))), vocab_size)
+
+
+def load_config(folder, vocab_size: int = 0) -> ModelConfig:
+    """The ModelConfig of `load_folder`; reads no tensor."""
+    return extend_config(config_from_huggingface(read_fields(folder)), vocab_size)
+
+
+def is_model(folder) -> bool:
+    """Whether a folder's config.json is a Hugging Face model's (a run directory has one of its own)."""
+    return (Path(folder) / "config.json").is_file() and "model_type" in read_fields(folder)
 
 
 def save_folder(folder, cfg: ModelConfig, params, family: str) -> None:
@@ -221,14 +229,17 @@ def params_from_tensors(cfg: ModelConfig, family: str, tensors: dict) -> dict:
 
 def extend_vocab(cfg: ModelConfig, params: dict, vocab_size: int) -> tuple[ModelConfig, dict]:
     """Rows for tokens that a tokenizer added, equal to the mean embedding; unchanged where there are enough."""
-    if vocab_size <= cfg.vocab:
-        return cfg, params
-    vocab = -(-vocab_size // 128) * 128
-    rows = lambda table: np.concatenate([table, np.repeat(table.mean(0, keepdims=True), vocab - cfg.vocab, 0)])  # noqa: E731
-    params = params | {"embed": rows(params["embed"])}
-    if "unembed" in params:
-        params["unembed"] = rows(params["unembed"].T).T
-    return replace(cfg, vocab=vocab), params
+    extended = extend_config(cfg, vocab_size)
+    rows = lambda table: np.concatenate([table, np.repeat(table.mean(0, keepdims=True), extended.vocab - cfg.vocab, 0)])  # noqa: E731
+    if extended != cfg:
+        params = params | {"embed": rows(params["embed"])}
+        params |= {"unembed": rows(params["unembed"].T).T} if "unembed" in params else {}
+    return extended, params
+
+
+def extend_config(cfg: ModelConfig, vocab_size: int) -> ModelConfig:
+    """`cfg` with a vocabulary that `vocab_size` fits in: its own, or the next multiple of 128."""
+    return cfg if vocab_size <= cfg.vocab else replace(cfg, vocab=-(-vocab_size // 128) * 128)
 
 
 def split_neox(cfg: ModelConfig, tensors: dict) -> dict:
@@ -255,6 +266,10 @@ def fuse_neox(cfg: ModelConfig, tensors: dict) -> dict:
         elif ".k_proj." not in name and ".v_proj." not in name:
             out[name] = x
     return out
+
+
+def read_fields(folder) -> dict:
+    return json.loads((Path(folder) / "config.json").read_text())
 
 
 def read_tensors(folder: Path) -> dict:

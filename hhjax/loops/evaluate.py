@@ -14,6 +14,7 @@ from hhjax.data.transcripts import HUMAN, parse_transcript
 from hhjax.evals.baselines import baseline_margins
 from hhjax.evals.preference import score_comparisons
 from hhjax.experiment import Evaluate, StageContext
+from hhjax.fields import ConfigError
 from hhjax.loops.supervised import load_model
 from hhjax.model.sizes import matmul_params
 from hhjax.sharding import batch_ways, make_mesh
@@ -28,6 +29,8 @@ def run(stage: Evaluate, ctx: StageContext) -> None:
     mesh = make_mesh(stage.mesh)
     folder, step = ctx.parent(stage.of)
     parent = ctx.parent_stages[stage.of]
+    if parent.get("kind") != "pm":
+        raise ConfigError(f"{stage.name}.of={stage.of!r} is no preference model; name a PM stage, or its folder")
     model, params, tokenizer = load_model(folder, step, mesh)
     test, _ = load_comparisons(stage.data, "test", ctx.data_dir)
     train, _ = load_comparisons(training_data(parent), "train", ctx.data_dir)

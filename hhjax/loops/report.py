@@ -4,7 +4,7 @@ import jax
 
 from hhjax.analysis.figures import calibration_figure, turn_figure
 from hhjax.analysis.runs import load_result
-from hhjax.analysis.scores import accuracy_rows, accuracy_table, pooled
+from hhjax.analysis.scores import accuracy_rows, accuracy_table
 from hhjax.experiment import Report, StageContext
 
 
@@ -12,14 +12,18 @@ def run(stage: Report, ctx: StageContext) -> None:
     """Writes report.txt (accuracy beside the baselines, and what each figure shows) and figures/*.{png,csv}."""
     if jax.process_index():
         return
-    results = [load_result(ctx.parent(ref)[0], ref) for ref in stage.of]
-    figures = ctx.dir / "figures"
-    parts = [
-        accuracy_table(accuracy_rows(pooled([r.scores for r in results]))),
-        f"Calibration (paper Figure 9): {calibration_figure(results, figures / 'calibration')}",
-        f"By turn (paper Figure 8): {turn_figure(results, figures / 'turns')}",
-        f"Figures: {figures}",
-    ]
-    report = "\n".join(parts)
+    parts = []
+    for ref in stage.of:
+        result = load_result(ctx.parent(ref)[0], ref)
+        figures = ctx.dir / "figures"
+        about = result.about
+        parts += [
+            f"{ref}: {about['size']} model trained on {about['comparisons']} pairs of {' and '.join(about['shares'])}",
+            accuracy_table(accuracy_rows(result.scores)),
+            f"Calibration (paper Figure 9): {calibration_figure([result], figures / f'calibration_{ref}')}",
+            f"By turn (paper Figure 8): {turn_figure([result], figures / f'turns_{ref}')}",
+            "",
+        ]
+    report = "\n".join([*parts, f"Figures: {figures}"])
     (ctx.dir / "report.txt").write_text(report + "\n")
     print(report)

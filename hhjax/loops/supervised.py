@@ -25,9 +25,10 @@ from hhjax.fields import ConfigError
 from hhjax.io import checkpoint
 from hhjax.io.files import write_atomically
 from hhjax.io.metrics import write_event
+from hhjax.io.models import open_model
 from hhjax.loops.progress import Progress
 from hhjax.model.sizes import model_config
-from hhjax.model.transformer import ModelConfig, RunConfig, config_from_json, config_to_json, make_model
+from hhjax.model.transformer import ModelConfig, RunConfig, config_to_json, make_model
 from hhjax.sharding import check_batch, make_mesh, param_shardings, put_batch
 from hhjax.train.state import TrainState, init_state, make_optimizer, state_shardings
 from hhjax.train.step import make_train_step, shard_step
@@ -44,7 +45,7 @@ def run(stage: Training, ctx: StageContext) -> None:
     """
     mesh = make_mesh(stage.mesh)
     check_batch(stage.batch_size // stage.micro_batches, mesh)
-    config, tokenizer = starting_point(stage, ctx)
+    config, tokenizer, load_parent = starting_point(stage, ctx)
     model = make_model(config, mesh, stage.run)
     source, held_out = load_sources(stage, ctx, tokenizer)
     total = total_steps(stage, source)
@@ -55,7 +56,7 @@ def run(stage: Training, ctx: StageContext) -> None:
     if jax.process_index() == 0:
         describe_folder(ctx.dir, config, tokenizer, source, ctx.seed)
 
-    state, position = resume(stage, ctx, model, optimizer, shardings)
+    state, position = resume(stage, ctx, model, optimizer, shardings, load_parent)
     train_step = shard_step(make_train_step(loss, optimizer, stage.micro_batches), shardings, mesh)
     evaluate = make_evaluate(loss, held_out, stage, mesh)
     flops_per_s = roofline.ceiling(compute_dtype(stage.run))
@@ -96,10 +97,12 @@ def run_tokenizer(stage: Tokenizer, ctx: StageContext) -> None:
 
 
 def load_model(folder: Path, step: int | None, mesh, run: RunConfig = RunConfig()):
-    """A trained stage as (Model, params on the mesh, tokenizer); step None is its last."""
-    config, tokenizer = read_model_config(folder), load_tokenizer(folder)
-    model = make_model(config, mesh, run)
-    return model, load_model_params(model, folder, step, mesh), tokenizer
+    """A trained stage, or a Hugging Face folder, as (Model, params on the mesh, tokenizer); step None is its last."""
+    tokenizer = load_tokenizer(folder)
+    saved = open_model(folder, step, tokenizer.vocab_size)
+    model = make_model(saved.config, mesh, run)
+    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    return model, saved.load(shapes, param_shardings(model.axes(), shapes, mesh)), tokenizer
 
 
 def make_update(stage: Training, config: ModelConfig, train_step, mesh, progress: Progress):
@@ -123,21 +126,22 @@ def make_update(stage: Training, config: ModelConfig, train_step, mesh, progress
 
 
 def starting_point(stage: Training, ctx: StageContext):
-    """The architecture and tokenizer of a stage: its parent's, or those that it names."""
+    """The architecture and tokenizer of a stage, its parent's or those that it names, and how to load the parent's
+    parameters: (shapes, shardings) -> params, or None where there is no parent."""
     tokenizer_dir, _ = ctx.parent(stage.tokenizer or stage.init)
     tokenizer = load_tokenizer(tokenizer_dir)
     if not stage.init:
-        return model_config(stage.model or DEFAULT_SIZE, tokenizer.vocab_size), tokenizer
-    config = read_model_config(ctx.parent(stage.init)[0])
+        return model_config(stage.model or DEFAULT_SIZE, tokenizer.vocab_size), tokenizer, None
+    config, load = open_model(*ctx.parent(stage.init), tokenizer.vocab_size)
     if config.vocab < tokenizer.vocab_size:
         raise ConfigError(
             f"{stage.name}: tokenizer {stage.tokenizer!r} has {tokenizer.vocab_size} tokens and "
             f"init={stage.init!r} knows {config.vocab}; leave tokenizer out to use its own"
         )
-    return config, tokenizer
+    return config, tokenizer, load
 
 
-def resume(stage: Training, ctx: StageContext, model: Model, optimizer, shardings: TrainState):
+def resume(stage: Training, ctx: StageContext, model: Model, optimizer, shardings: TrainState, load_parent):
     """The newest good state and its position, or a fresh one that starts from the parent's parameters."""
     init_key, run_key = jax.random.split(jax.random.key(ctx.seed))
     like = jax.eval_shape(lambda k: init_state(model.init(k), optimizer, k), init_key)
@@ -151,27 +155,12 @@ def resume(stage: Training, ctx: StageContext, model: Model, optimizer, sharding
         if jax.process_index() == 0:
             write_event(ctx.dir, "restore", **found[1])
         return found
-    if stage.init:
-        folder, step = ctx.parent(stage.init)
-        params = checkpoint.load_params(folder, step, like.params, shardings.params)
+    if load_parent:
+        params = load_parent(like.params, shardings.params)
     else:
         params = jax.jit(model.init, out_shardings=shardings.params)(init_key)
     start = jax.jit(lambda p, k: init_state(p, optimizer, k), out_shardings=shardings, donate_argnums=0)
     return start(params, run_key), {"step": 0, "tokens": 0}
-
-
-def load_model_params(model: Model, folder: Path, step: int | None, mesh):
-    """The parameters of a trained stage, laid out on `mesh`."""
-    shapes = jax.eval_shape(model.init, jax.random.key(0))
-    return checkpoint.load_params(folder, step, shapes, param_shardings(model.axes(), shapes, mesh))
-
-
-def read_model_config(folder: Path) -> ModelConfig:
-    """The architecture in a run directory. Raises ConfigError where it has none."""
-    path = Path(folder) / "model.json"
-    if not path.is_file():
-        raise ConfigError(f"{folder} holds no model.json; name the folder of an LM or PM stage")
-    return config_from_json(json.loads(path.read_text()))
 
 
 def describe_folder(folder: Path, config: ModelConfig, tokenizer, source, seed: int) -> None:

@@ -10,15 +10,18 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from hhjax.data.comparisons import ComparisonData
 from hhjax.data.sources import TextData
 from hhjax.experiment import LM, PM, Diverged, Preempted, StageContext
 from hhjax.io import checkpoint
+from hhjax.io.huggingface import load_folder
 from hhjax.io.metrics import TIMING, read_events, read_rows
 from hhjax.loops import supervised
+from hhjax.model.transformer import make_model
 from hhjax.objectives.preference import preference_objective
-from hhjax.sharding import MeshConfig
+from hhjax.sharding import MeshConfig, make_mesh
 from hhjax.train.state import OptimConfig
 
 STEPS = 12
@@ -173,6 +176,27 @@ def test_a_pm_starts_from_its_language_model(tiny_data, tiny_tokenizer, tmp_path
     params = [name for name in parent if name.startswith("params/")]
     assert params and [child[n] for n in params] == [parent[n] for n in params]
     assert abs(losses(tmp_path / "pm")[0] - np.log(2)) < 1e-6
+
+
+def test_a_pm_starts_from_a_hugging_face_folder(tiny_data, hugging_face_folder, tmp_path):
+    stage = PM("pm", init=str(hugging_face_folder), data=ComparisonData(sources=("pairs.jsonl",)), seq_len=160,
+               batch_size=8, steps=2, log_every=1, eval_rows=8, optim=OptimConfig(lr=0.0))  # fmt: skip
+    train(stage, tmp_path / "still", tiny_data)  # a rate of zero leaves the parameters as they were read
+    mesh = make_mesh()
+    model, params, tokenizer = supervised.load_model(tmp_path / "still", None, mesh)
+    golden = load_file(hugging_face_folder / "expected.st")
+    unpinned = make_model(model.config)  # its three rows divide over no mesh
+    logits = unpinned.logits(params, unpinned.apply(params, golden["tokens"])[0])
+    np.testing.assert_allclose(logits[..., :96], golden["logits"], atol=1e-4, rtol=0)
+    config, expected = load_folder(hugging_face_folder, tokenizer.vocab_size)
+    assert tokenizer.vocab_size == 98 and model.config == config and config.vocab == 128
+    jax.tree.map(np.testing.assert_array_equal, params, expected)
+    # The folder it came from and the folder it was saved in are the same model.
+    model, same, _ = supervised.load_model(hugging_face_folder, None, mesh)
+    jax.tree.map(np.testing.assert_array_equal, same, expected)
+    train(replace(stage, optim=OptimConfig()), tmp_path / "moving", tiny_data)
+    first, second = losses(tmp_path / "moving")
+    assert abs(first - np.log(2)) < 1e-6 and second != first
 
 
 def test_held_out_rows_count_once_each(tiny_data, tiny_tokenizer, tmp_path):

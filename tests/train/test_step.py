@@ -116,12 +116,13 @@ def test_the_state_is_donated():
 
 def test_fsdp_costs_a_gather_a_layer_and_no_collective_on_activations():
     mesh = make_mesh(MeshConfig(1, 8))
-    model = make_model(CFG, mesh)
+    model = make_model(CFG, mesh, RunConfig(unroll=1))  # one layer in the program, scanned
     params = jax.device_put(model.init(jax.random.key(0)), param_shardings(model.axes(), model.init(jax.random.key(0)), mesh))
     rows = put_batch(token_rows(), mesh)
     forward = jax.jit(lambda p, b: model.apply(p, b.tokens)[0])
     hlo = forward.lower(params, rows).compile().as_text()
-    assert hlo.count(" all-gather(") + hlo.count(" all-gather-start(") <= 8  # embedding, then q k v o up down of the scanned layer
+    gathers = hlo.count(" all-gather(") + hlo.count(" all-gather-start(")
+    assert gathers <= 7  # the embedding, then q k v o up down of the layer
     assert " all-to-all(" not in hlo and " all-reduce(" not in hlo and " collective-permute(" not in hlo
     assert "fsdp" in forward(params, rows).sharding.spec[0]
 

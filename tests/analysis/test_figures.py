@@ -1,0 +1,115 @@
+"""Figures: the numbers in their CSV are those of the scores, and the sentence says the same."""
+
+import csv
+import sys
+
+import matplotlib.image
+import numpy as np
+import pytest
+
+from hhjax.analysis.figures import accuracy_figure, balanced, calibration_figure, mixture_figure, turn_figure
+from hhjax.analysis.plotting import plot
+from hhjax.analysis.scores import write_summary
+
+
+def read(path) -> dict:
+    """The CSV as {(panel, line): [points, (x, y, low, high)]}; the PNG must be a picture with something on it."""
+    picture = matplotlib.image.imread(path.with_suffix(".png"))
+    assert min(picture.shape[:2]) > 400 and picture.std() > 0.05
+    found = {}
+    with path.with_suffix(".csv").open() as f:
+        for row in csv.DictReader(f):
+            found.setdefault((row["panel"], row["line"]), []).append([float(row[n]) for n in ("x", "y", "low", "high")])
+    points = {name: np.array(rows) for name, rows in found.items()}
+    assert all(np.all(p[:, 2] <= p[:, 1]) and np.all(p[:, 1] <= p[:, 3]) for p in points.values())
+    return points
+
+
+def accuracy(scores) -> float:
+    return float(np.mean(scores.chosen > scores.rejected))
+
+
+def test_accuracy_by_data_and_by_size(make_result, tmp_path):
+    sizes = {"0.1M": 98_304, "1M": 1_000_000}
+    grid = [(s, n) for s in sizes for n in (100, 200, 400)]
+    results = [make_result(i, size=s, parameters=sizes[s], comparisons=n) for i, (s, n) in enumerate(grid)]
+    found = accuracy_figure(results, tmp_path / "accuracy")
+    points, y = read(tmp_path / "accuracy"), [accuracy(r.scores) for r in results]
+    np.testing.assert_allclose(points["comparisons", "0.1M"][:, :2], [[100, y[0]], [200, y[1]], [400, y[2]]])
+    np.testing.assert_allclose(points["parameters", "400 pairs"][:, :2], [[98_304, y[2]], [1_000_000, y[5]]])
+    assert len(points) == 5
+    slope = np.polyfit(np.log10([100, 200, 400]), y[3:], 1)[0]
+    assert f"the 1M model: {y[3]:.3f} at 100 comparisons, {y[5]:.3f} at 400 ({slope:+.3f} a factor of ten, R²" in found
+    assert f"400 pairs: {y[2]:.3f} at 98,304 parameters, {y[5]:.3f} at 1,000,000 (" in found
+
+
+def test_seeds_of_a_point_are_pooled(make_result, tmp_path):
+    results = [make_result(i) for i in range(3)]
+    found = accuracy_figure(results, tmp_path / "one")
+    mean = np.mean([accuracy(r.scores) for r in results])
+    assert read(tmp_path / "one")["comparisons", "1M"][:, 1] == pytest.approx([mean]) and f"{mean:.3f} [" in found
+
+
+def test_mixture(make_result, tmp_path):
+    shares = (0.0, 0.5, 1.0)
+    results = [make_result(i, shares={"harmless-base": s}) for i, s in enumerate(shares)]
+    found = mixture_figure(results, tmp_path / "mixture")
+    points = read(tmp_path / "mixture")
+    for kind in ("helpful-base", "harmless-base"):
+        expected = [accuracy(r.scores.only(r.scores.source == kind)) for r in results]
+        np.testing.assert_allclose(points["kind", f"1M on {kind}"][:, :2], np.transpose([[0, 50, 100], expected]))
+    means = [accuracy(r.scores) for r in results]  # of two kinds equally often
+    np.testing.assert_allclose(points["mean", "1M, both tests"][:, 1], means)
+    helpful, harmless = (points["kind", f"1M on {kind}"][0, 1] for kind in ("helpful-base", "harmless-base"))
+    assert f"helpfulness alone {helpful:.3f} on helpful and {harmless:.3f} on harmless" in found
+    assert f"best mean {max(means):.3f} at {100 * shares[int(np.argmax(means))]:.0f} % harmless" in found
+
+
+def test_balanced_takes_as_many_of_each_kind_from_everywhere(make_result):
+    scores = make_result(kinds=("helpful-base", "helpful-base", "harmless-base")).scores
+    kept = balanced(scores)
+    assert [int(np.sum(kept.source == k)) for k in ("helpful-base", "harmless-base")] == [80, 80]
+    helpful = kept.opening[kept.source == "helpful-base"]
+    assert helpful[0] == 0 and helpful[-1] >= 118  # the first and the last openings
+
+
+def test_calibration(make_result, tmp_path):
+    result = make_result(0, rows=400, kinds=("helpful-base",))
+    found = calibration_figure([result], tmp_path / "calibration", bins=4)
+    size = np.abs(result.scores.margin)
+    bins = np.argsort(size).reshape(4, 100)
+    right = result.scores.margin > 0
+    expected = np.transpose([size[bins].mean(1), right[bins].mean(1)])
+    np.testing.assert_allclose(read(tmp_path / "calibration")["difference", "helpful-base"][:, :2], expected)
+    sigmoid = 1 / (1 + np.exp(-size))
+    error, gap = np.abs(right[bins].mean(1) - sigmoid[bins].mean(1)).mean(), right.mean() - sigmoid.mean()
+    word = "under" if gap > 0 else "over"
+    assert found == f"helpful-base: calibration error {error:.3f}, {word}-confident by {abs(gap):.3f} on average."
+
+
+def test_turns(make_result, tmp_path):
+    result = make_result(0, rows=600)
+    found = turn_figure([result], tmp_path / "turns", most_turns=3)
+    turn = np.minimum(result.scores.turns, 3)
+    expected = [accuracy(result.scores.only(turn == t)) for t in (1, 2, 3)]
+    np.testing.assert_allclose(read(tmp_path / "turns")["turn", "all"][:, :2], np.transpose([[1, 2, 3], expected]))
+    assert f"First turn {expected[0]:.3f} [" in found
+    assert f"later turns {accuracy(result.scores.only(turn > 1)):.3f} [" in found
+
+
+def test_turns_of_dialogues_that_have_but_one(make_result, tmp_path):
+    assert turn_figure([make_result(turns=1)], tmp_path / "turns").endswith("later turns no pairs.")
+    assert turn_figure([make_result(rows=10, turns=1)], tmp_path / "few").endswith("later turns no pairs.")  # too few to draw
+
+
+def test_a_script_draws_beside_the_index_and_says_what_is_missing(make_result, tmp_path, monkeypatch, capsys):
+    write_summary(tmp_path / "evaluate" / "a" / "evals", make_result().scores, make_result().about)
+    index = tmp_path / "experiments" / "e.json"
+    index.parent.mkdir()
+    index.write_text('{"runs": {"e": {"eval": "evaluate/a"}}}')
+    monkeypatch.setattr(sys, "argv", ["plot_turns.py", str(index)])
+    plot(turn_figure, "turns", "what it draws")
+    assert (tmp_path / "figures" / "e" / "turns.png").is_file() and "from 1 evaluations" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", ["plot_turns.py", str(index), "--only", "z"])
+    with pytest.raises(SystemExit, match="error: no run of .* matches 'z'"):
+        plot(turn_figure, "turns", "what it draws")

@@ -1,0 +1,72 @@
+"""--dry-run: true numbers of models that would not fit here, and no array made."""
+
+import jax
+import pytest
+
+from hhjax import plan
+from hhjax.data.comparisons import ComparisonData
+from hhjax.data.sources import TextData
+from hhjax.experiment import LM, PM, Evaluate, Experiment, Run, Tokenizer
+from hhjax.model.sizes import model_config
+from hhjax.sharding import MeshConfig
+
+TEXT, PAIRS = TextData(("text.jsonl",)), ComparisonData(("pairs.jsonl",))
+
+
+def lines_of(stage, cfg) -> dict[str, str]:
+    """What is said before anything is compiled: first word -> the rest of the line."""
+    said = {}
+    for line in plan.describe_training(stage, cfg):
+        name, rest = line.split(maxsplit=1)
+        said[name] = rest
+        if name == "state":
+            break
+    return said
+
+
+@pytest.mark.parametrize("mesh", [MeshConfig(1, 8, 1), MeshConfig(1, 4, 2)])
+def test_the_largest_rung_in_numbers(mesh):
+    layers, width, vocab, rows, length = 64, 8192, 32_000, 16, 2048
+    stage = PM("pm", tokenizer="a/folder", model="52B", seq_len=length, batch_size=rows, steps=10, mesh=mesh)
+    before = {id(x) for x in jax.live_arrays()}
+    said = lines_of(stage, model_config("52B", vocab))
+    assert sum(x.nbytes for x in jax.live_arrays() if id(x) not in before) < 1 << 20
+    blocks, vectors = 12 * layers * width**2, (4 * layers + 3) * width
+    assert said["weights"].startswith(f"{blocks + vocab * width + vectors:,} parameters, {blocks:,} of them")
+    # Matrices are split eight ways on either mesh, vectors are on every device; f32 weights and two moments.
+    a_device = 12 * ((blocks + vocab * width) // 8 + vectors)
+    assert said["state"].startswith(f"{a_device / 2**20:,.1f} MiB a device")
+    assert said["batch"].startswith(f"16 pairs of at most 2048 tokens: {2 * rows * length:,} positions, {mesh.fsdp} ways")
+    flops = 3 * 2 * rows * length * (2 * blocks + 2 * layers * width * length)
+    assert said["length"] == f"10 updates; {flops:.3g} FLOPs an update, {10 * flops:.3g} in all"
+    assert "P('tensor', 'fsdp')" in said["embed"] and "(64, 8192, 32768)" in said["blocks/up"]
+
+
+def test_a_whole_experiment_that_has_not_begun(tiny_data, tmp_path):
+    short = {"batch_size": 8, "steps": 2}
+    stages = (
+        Tokenizer("tok", data=TEXT, vocab=320),
+        LM("lm", tokenizer="tok", model="0.1M", data=TEXT, seq_len=32, **short),
+        PM("pm", init="lm", data=PAIRS, seq_len=64, mesh=MeshConfig(2, 2, 2), **short),
+        Evaluate("eval", of="pm", data=PAIRS),
+    )
+    text = plan.describe(Run(Experiment("e", stages)), tmp_path / "runs", tiny_data)
+    titles = [line.split(")")[0] for line in text.splitlines() if line and not line.startswith((" ", "run"))]
+    assert titles == ["tok (tokenizer, to do", "lm (lm, to do", "pm (pm, to do", "eval (evaluate, to do"]
+    assert text.count("2 layers, width 64, 2 heads, vocabulary 384") == 2  # the PM's is the LM's
+    assert "{'data': 2, 'fsdp': 2, 'tensor': 2} over 8 devices" in text and text.count("MiB of temporaries a device") == 2
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_model_from_a_hugging_face_folder(hugging_face_folder, tiny_data, tmp_path):
+    stage = PM("pm", init=str(hugging_face_folder), data=PAIRS, seq_len=32, batch_size=8, steps=1)
+    (placed,) = plan.place(Run(Experiment("e", (stage,))), tmp_path, tiny_data)
+    assert plan.architecture(placed, {"pm": placed}).vocab == 128
+
+
+def test_what_the_run_would_refuse_is_refused():
+    stage = LM("lm", tokenizer="a/folder", model="0.1M", batch_size=12, steps=1)
+    with pytest.raises(ValueError, match=r"batch 12 is not divisible by data\*fsdp=8; use 8 or 16"):
+        lines_of(stage, model_config("0.1M", 320))
+    with pytest.raises(ValueError, match="does not fill 8 devices"):
+        lines_of(LM("lm", tokenizer="a/folder", mesh=MeshConfig(3)), model_config("0.1M", 320))

@@ -1,0 +1,85 @@
+"""The cost model against XLA's count, and ceilings that are measured."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from hhjax import bench, roofline
+from hhjax.model.sizes import model_config
+from hhjax.model.transformer import make_model
+from hhjax.objectives.lm import LMLoss, lm_objective
+from hhjax.objectives.preference import PreferenceLoss, preference_objective
+from hhjax.types import Pairs, Tokens
+
+ROWS, WIDTH = 8, 64
+GPT = model_config("1M", 2048)
+LLAMA = replace(GPT, kv_heads=1, norm="rms", gated_mlp=True, activation="silu", tied_embeddings=False)
+
+
+def xla_flops(fn, *args) -> float:
+    """XLA's count for the program before it is optimised: layers are unrolled on CPU, so none is counted once for all."""
+    return jax.jit(fn).lower(*args).cost_analysis()["flops"]
+
+
+def shapes(model, rows=ROWS, width=WIDTH):
+    tokens, count = jax.ShapeDtypeStruct((rows, width), jnp.int32), jax.ShapeDtypeStruct((rows,), jnp.int32)
+    return jax.eval_shape(model.init, jax.random.key(0)), Tokens(tokens, count, count)
+
+
+@pytest.mark.parametrize("cfg", [GPT, LLAMA], ids=["gpt", "llama"])
+def test_a_forward_costs_what_xla_counts(cfg):
+    """XLA counts norms, GELU and softmax too, which are a few percent."""
+    model = make_model(cfg)
+    params, rows = shapes(model)
+    hidden = xla_flops(lambda p, b: model.apply(p, b.tokens)[0], params, rows)
+    assert 1.0 < hidden / roofline.forward_flops(cfg, ROWS, WIDTH) < 1.06
+    both = xla_flops(lambda p, b: model.logits(p, model.apply(p, b.tokens)[0]), params, rows)
+    assert both - hidden == pytest.approx(roofline.logits_flops(cfg, ROWS * WIDTH), rel=1e-3)
+
+
+def test_attention_is_counted_over_a_causal_row():
+    """The program computes every position against every other, twice what counts."""
+    model, width = make_model(GPT), 512
+    params, rows = shapes(model, width=width)
+    counted = 2 * GPT.layers * GPT.width * width * ROWS * width
+    found = xla_flops(lambda p, b: model.apply(p, b.tokens)[0], params, rows)
+    assert found == pytest.approx(roofline.forward_flops(GPT, ROWS, width) + counted, rel=0.03)
+
+
+def test_steps_cost_three_forwards():
+    model = make_model(GPT)
+    params, rows = shapes(model)
+    pairs = Pairs(rows, rows, jax.ShapeDtypeStruct((ROWS,), jnp.float32))
+
+    def step(objective, batch):
+        return xla_flops(jax.value_and_grad(lambda p, b: objective(p, b, None)[0]), params, batch)
+
+    again = roofline.logits_flops(GPT, ROWS * WIDTH)  # recomputed in the backward pass: not model FLOPs
+    lm = step(lm_objective(model, LMLoss(chunk=0)), rows)
+    assert 1.0 < (lm - again) / roofline.lm_step_flops(GPT, ROWS, WIDTH) < 1.06
+    pm = step(preference_objective(model), pairs)
+    assert 1.0 < pm / roofline.pm_step_flops(GPT, 2 * ROWS, WIDTH) < 1.06
+    aux = step(preference_objective(model, PreferenceLoss(lm_coef=0.5, lm_chunk=0)), pairs)
+    assert 1.0 < (aux - again) / roofline.pm_step_flops(GPT, 2 * ROWS, WIDTH, 0.5) < 1.06
+
+
+def test_ceilings_are_measured():
+    for rate in (roofline.matmul_ceiling(size=256, repeats=2), roofline.copy_ceiling(1, repeats=2), roofline.attention_ceiling(1)):
+        assert 1e7 < rate < 1e15
+
+
+def test_simulated_devices_share_one_machine(monkeypatch):
+    monkeypatch.setattr(roofline, "matmul_ceiling", lambda dtype, size: 5.0)
+    assert jax.device_count() == 8 and roofline.ceiling.__wrapped__("float32") == 5.0
+
+
+def test_a_noisy_machine_says_so(monkeypatch):
+    readings = iter([4e9, 2e9, 2e9, 8e9, 8e9, 8e9])
+    monkeypatch.setattr(bench, "matmul_ceiling", lambda dtype, size: next(readings))
+    monkeypatch.setattr(bench, "attention_ceiling", lambda: 3e9)
+    monkeypatch.setattr(bench, "copy_ceiling", lambda: 1e10)
+    row = bench.ceiling(3)
+    assert (row["matmul_f32_gflops_best"], row["matmul_f32_gflops_median"], row["matmul_bf16_gflops_best"]) == (4, 2, 8)
+    assert row["noisy"] and "a neighbour is busy" in bench.report(row)
