@@ -99,11 +99,11 @@ def show(argv: Sequence[str]) -> int:
     config, state = json.loads((folder / "config.json").read_text()), read_state(folder)
     print(f"{config['kind']} {config['name']!r} of {config['experiment']} ({config['run']}): {state.state}")
     print(f"{folder}, seed {config['seed']}, size {config['size']}, last sign of life {clock(state.age_s)} ago\n")
-    print(table(sorted((k, shown(v)) for k, v in flat_config(config["config"]).items())))
-    print("\n" + metrics_table(read_rows(folder / "metrics.jsonl")))
-    for event in read_events(folder)[-5:]:
-        details = {k: v for k, v in event.items() if k not in ("time", "event", "traceback")}
-        print(f"{event['event']}: {details}")
+    print(table(sorted((k, shown(v) or "-") for k, v in flat_config(config["config"]).items())), end="\n\n")
+    results = [folder / "evals" / "table.txt", folder / "report.txt"]
+    texts = [metrics_table(read_rows(folder / "metrics.jsonl")), *(p.read_text() for p in results if p.is_file())]
+    print("\n\n".join(text.rstrip() for text in texts if text) or "no metrics yet", end="\n\n")
+    print("\n".join(event_text(event) for event in read_events(folder)[-5:]))
     if args.samples:
         for path in sorted((folder / "samples").glob("*.jsonl")):
             print(f"\n== {path.name}")
@@ -200,7 +200,7 @@ def metrics_table(rows: list[dict], last: int = 8) -> str:
     for kept in ([r for r in rows if not is_eval(r)][-last:], [r for r in rows if is_eval(r)][-last:]):
         names = list(dict.fromkeys(name for row in kept for name in row))
         parts += [table([names, *([shown(row.get(n)) for n in names] for row in kept)])] if kept else []
-    return "\n\n".join(parts) or "no metrics yet"
+    return "\n\n".join(parts)
 
 
 def is_eval(row: dict) -> bool:
@@ -215,6 +215,14 @@ def flat_config(value, prefix: str = "") -> dict:
     from hhjax.io.rundir import flat
 
     return flat(value, prefix)
+
+
+def event_text(event: dict) -> str:
+    """An event and its details; what takes several lines comes below, indented."""
+    details = {k: shown(v) for k, v in event.items() if k not in ("time", "event", "traceback")}
+    head = ", ".join(f"{k} {v}" for k, v in details.items() if "\n" not in v)
+    below = [line for v in details.values() if "\n" in v for line in v.splitlines()]
+    return "\n    ".join([f"{event['event']}: {head}".rstrip(": "), *below])
 
 
 def sample_text(row: dict) -> str:

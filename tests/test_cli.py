@@ -2,9 +2,11 @@
 
 import json
 
+import numpy as np
 import pytest
 
 from hhjax import cli
+from hhjax.analysis.scores import Scores, write_summary
 from hhjax.io.metrics import MetricsWriter, write_event
 
 
@@ -55,8 +57,23 @@ def test_ls_tells_how_a_run_ended(out, capsys, event, state):
 def test_show_prints_config_metrics_and_samples(out, capsys):
     assert call("show", str(out / "pm" / "1M-s0-aaaaaaaaaa"), "--samples") == 0
     text = capsys.readouterr().out
-    assert "optim.lr  0.001" in text and "0.625" in text and "[text]  Hello" in text
+    assert "optim.lr  0.001" in text and "0.625" in text and "[text]  Hello" in text and "no metrics" not in text
+    assert call("show", str(out / "tokenizer" / "v320-bbbbbbbbbb")) == 0
+    assert capsys.readouterr().out.endswith("\n\nno metrics yet\n\nstart\n")
     assert call("show", str(out)) == 2 and "is no run directory" in capsys.readouterr().err
+
+
+def test_an_evaluation_shows_its_accuracy_and_its_table(out, capsys):
+    folder = out / "pm" / "1M-s0-aaaaaaaaaa"
+    scores = Scores(np.array(["x"] * 4), np.arange(4), np.ones(4, int), np.array([1.0, 1, 1, -1]), np.zeros(4), {})
+    table = write_summary(folder / "evals", scores, {})
+    assert call("ls", str(out)) == 0 and "accuracy 0.7500" in capsys.readouterr().out
+    assert call("show", str(folder)) == 0 and f"\n\n{table}\n\n" in capsys.readouterr().out
+
+
+def test_events_of_several_lines_are_indented():
+    event = {"time": 1.0, "event": "data", "rows": 5, "report": "two\nlines", "traceback": "long"}
+    assert cli.event_text(event) == "data: rows 5\n    two\n    lines"
 
 
 def test_check_data_reports_and_is_strict(tiny_data, tmp_path, capsys):

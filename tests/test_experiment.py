@@ -12,7 +12,7 @@ from hhjax import identity
 from hhjax.data.comparisons import ComparisonData
 from hhjax.data.sources import TextData
 from hhjax.experiment import LM, PM, Evaluate, Experiment, Report, Run, Tokenizer, edit, grid, override, place
-from hhjax.fields import ConfigError
+from hhjax.fields import ConfigError, names_in
 from hhjax.objectives.preference import PreferenceLoss, preference_objective
 from hhjax.sharding import MeshConfig
 
@@ -306,3 +306,9 @@ def test_a_function_without_source_is_refused():
         identity.canonical(eval("lambda model, cfg: None"))
     with pytest.raises(ConfigError, match="cannot be part of a stage's identity"):
         identity.canonical({"x": {1, 2}})
+
+
+def test_names_with_commas_between():
+    assert names_in("b,a", {"a": 1, "b": 2}) == ["b", "a"]
+    with pytest.raises(ConfigError, match="unknown name 'scrach' in 'lm,scrach'; did you mean 'scratch'"):
+        names_in("lm,scrach", ("lm", "scratch"))

@@ -142,6 +142,14 @@ def test_a_flag_that_does_not_exist_names_the_nearest(chain, capsys):
         flags.parse(["none.py"], "hhjax run")
 
 
+def test_help_begins_with_the_file_s_own_words(chain, capsys):
+    with pytest.raises(SystemExit) as end:
+        flags.parse(["chain.py", "--help"], "hhjax run")
+    words = capsys.readouterr().out
+    assert end.value.code == 0 and words.startswith("A chain of three stages, for two seeds.\nusage: hhjax run chain.py")
+    assert "--pm.optim.lr FLOAT" in words and "Runs whose name matches this pattern." in words
+
+
 def test_arguments_of_runs_become_flags(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "path", list(sys.path))
     (tmp_path / "made.py").write_text(

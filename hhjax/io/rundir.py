@@ -114,7 +114,7 @@ def read_state(folder: Path) -> RunState:
     files = [p for p in (folder / n for n in ("metrics.jsonl", "events.jsonl", "DONE", "LOCK")) if p.exists()]
     age_s = time.time() - max((p.stat().st_mtime for p in files), default=folder.stat().st_mtime)
     step = rows[-1]["step"] if rows else None
-    return RunState(folder, config["name"], state_of(folder), step, main_metric(rows), age_s)
+    return RunState(folder, config["name"], state_of(folder), step, main_metric(folder, rows), age_s)
 
 
 def state_of(folder: Path) -> str:
@@ -127,8 +127,12 @@ def state_of(folder: Path) -> str:
     return ends.get(last[-1] if last else "", "stopped")
 
 
-def main_metric(rows: list[dict]) -> str:
-    """The newest held-out accuracy or loss, else the newest training loss, as text."""
+def main_metric(folder: Path, rows: list[dict]) -> str:
+    """The accuracy of an evaluation, else the newest held-out accuracy or loss, else the newest training loss, as text."""
+    summary = folder / "evals" / "summary.json"
+    if summary.is_file():
+        ours = [row for row in json.loads(summary.read_text())["accuracy"] if row["scorer"] == "pm"]
+        return f"accuracy {ours[-1]['accuracy']['value']:.4f}"
     for name in ("eval/accuracy", "eval/loss", "loss"):
         if found := [row[name] for row in rows if row.get(name) is not None]:
             return f"{name} {found[-1]:.4f}"

@@ -12,16 +12,16 @@ def run(stage: Report, ctx: StageContext) -> None:
     """Writes report.txt (accuracy beside the baselines, and what each figure shows) and figures/*.{png,csv}."""
     if jax.process_index():
         return
-    parts = []
+    figures, parts = ctx.dir / "figures", []
     for ref in stage.of:
-        result = load_result(ctx.parent(ref)[0], ref)
-        figures = ctx.dir / "figures"
+        name = ref.split("/")[-1]
+        result = load_result(ctx.parent(ref)[0], name)
         about = result.about
         parts += [
-            f"{ref}: {about['size']} model trained on {about['comparisons']} pairs of {' and '.join(about['shares'])}",
+            f"{name}: {about['size']} model trained on {about['comparisons']} pairs of {' and '.join(about['shares'])}",
             accuracy_table(accuracy_rows(result.scores)),
-            f"Calibration (paper Figure 9): {calibration_figure([result], figures / f'calibration_{ref}')}",
-            f"By turn (paper Figure 8): {turn_figure([result], figures / f'turns_{ref}')}",
+            f"Calibration (paper Figure 9): {calibration_figure([result], figures / f'calibration_{name}')}",
+            f"By turn (paper Figure 8): {turn_figure([result], figures / f'turns_{name}')}",
             "",
         ]
     report = "\n".join([*parts, f"Figures: {figures}"])

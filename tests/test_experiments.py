@@ -1,0 +1,96 @@
+"""Every shipped experiment: it opens as DESIGN asks, its stages fit together, and the quickstart's runs to its report."""
+
+import gzip
+import json
+import random
+import re
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from hhjax.experiment import place
+from hhjax.flags import parse
+
+ROOT = Path(__file__).resolve().parent.parent
+FILES = sorted((ROOT / "experiments").glob("*.py"))
+WORDS = "please tell me how to bake bread plant trees fix a bicycle write letters or learn some music at home".split()
+
+
+@pytest.fixture(scope="session")
+def hh_data(tmp_path_factory) -> Path:
+    """A data folder of the real layout with made-up rows: the better helpful reply is longer, the better harmless one shorter."""
+    folder, rng = tmp_path_factory.mktemp("hh"), random.Random(0)
+
+    def say(n):
+        return " ".join(rng.choice(WORDS) for _ in range(n))
+
+    for kind, more in (("helpful-base", 6), ("harmless-base", -6)):
+        for split, count in (("train", 500), ("test", 100)):
+            path = folder / "hh-rlhf-split" / kind / f"{split}.jsonl.gz"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            rows = []
+            for i in range(count):
+                start = f"\n\nHuman: {kind} {split} {i} {say(6)}\n\nAssistant:"
+                if i % 2:
+                    start += f" {say(4)}\n\nHuman: {say(3)}\n\nAssistant:"
+                rows.append({"chosen": f"{start} {say(10 + more)}", "rejected": f"{start} {say(10)}"})
+            with gzip.open(path, "wt") as f:
+                f.writelines(json.dumps(row) + "\n" for row in rows)
+    dialogues = folder / "dialogue-sgd" / "train.jsonl.gz"
+    dialogues.parent.mkdir()
+    with gzip.open(dialogues, "wt") as f:
+        for i in range(300):
+            turns = [{"speaker": s, "utterance": say(12)} for s in ("USER", "SYSTEM") * 3]
+            f.write(json.dumps({"dialogue_id": str(i), "services": [], "turns": turns}) + "\n")
+    for name in ("text-gutenberg/book.txt.gz", "text-wikitext2/valid.txt.gz"):
+        path = folder / name
+        path.parent.mkdir()
+        with gzip.open(path, "wt") as f:
+            f.write("\n".join(say(30) for _ in range(400)))
+    (folder / "text-us-speeches").mkdir()
+    for name in ("inaugural", "state_union"):
+        with zipfile.ZipFile(folder / "text-us-speeches" / f"{name}.zip", "w") as z:
+            z.writestr(f"{name}/1.txt", say(3000))
+    return folder
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
+def test_an_experiment_opens_with_what_a_reader_must_know(path):
+    text = path.read_text()
+    for heading in ("Question", "Figure", "Expected", "Cost", "Command"):
+        assert re.search(rf"^{heading}", text, re.MULTILINE), f"{path.name} does not say its {heading}"
+    assert f"experiments/{path.name}" in text
+
+
+@pytest.mark.parametrize("fast", [[], ["--fast"]], ids=["full", "fast"])
+@pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
+def test_the_stages_of_an_experiment_have_their_places(path, fast, hh_data, tmp_path):
+    command, _ = parse([str(path), *fast], "hhjax run")
+    for run in command.runs:
+        placed = place(run, tmp_path, hh_data)
+        assert len({p.dir for p in placed}) == len(placed)
+        assert placed[-1].stage.kind == "report"
+
+
+def test_the_changed_loss_is_under_ten_lines_and_changes_the_loss():
+    source = (ROOT / "experiments" / "pm_margin.py").read_text()
+    body = re.search(r"^def margin_objective.*?(?=^\S(?!ef))", source, re.MULTILINE | re.DOTALL).group()
+    assert len([line for line in body.splitlines() if line.strip()]) < 10
+    command, _ = parse([str(ROOT / "experiments" / "pm_margin.py")], "hhjax run")
+    assert [r.experiment.stage("pm").loss.margin for r in command.runs] == [0.0, 0.5, 1.0]
+
+
+@pytest.mark.slow
+def test_the_quickstart_goes_from_data_to_report(hh_data, hhjax, tmp_path):
+    process = hhjax("run", ROOT / "experiments" / "pm_hh.py", "--fast", "--data-dir", hh_data, "--tok.vocab", 400)
+    output, _ = process.communicate(timeout=600)
+    assert process.returncode == 0, output
+    (report,) = (tmp_path / "runs" / "report").glob("*/report.txt")
+    assert report.read_text().strip() in output
+    for kind in ("helpful", "harmless", "mixed"):
+        assert f"eval_{kind}: 0.4M model trained on" in report.read_text()
+        assert (report.parent / "figures" / f"calibration_eval_{kind}.png").stat().st_size > 5000
+    again = hhjax("run", ROOT / "experiments" / "pm_hh.py", "--fast", "--data-dir", hh_data, "--tok.vocab", 400)
+    output, _ = again.communicate(timeout=120)
+    assert again.returncode == 0 and output.count("is done") == 9
