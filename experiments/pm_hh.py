@@ -16,7 +16,6 @@ from hhjax.data.comparisons import ComparisonData
 from hhjax.data.sources import TextData
 from hhjax.experiment import LM, PM, Evaluate, Experiment, Report, Tokenizer, edit, grid
 from hhjax.fields import names_in
-from hhjax.objectives.lm import LMLoss
 from hhjax.objectives.preference import PreferenceLoss
 from hhjax.train.state import OptimConfig
 
@@ -24,8 +23,8 @@ HH = ComparisonData(("helpful-base", "harmless-base"))
 TEXT = (
     Tokenizer("tok", data=TextData(), vocab=4096),
     # The text holds no HH record, so folds and seeds share this stage.
-    LM("lm", tokenizer="tok", model="0.4M", data=TextData(), seq_len=256, batch_size=32, steps=1000, seed=0,
-       loss=LMLoss(chunk=32), optim=OptimConfig(lr=4e-3, schedule="cosine", warmup_steps=50, weight_decay=0.1)),
+    LM("lm", tokenizer="tok", model="0.4M", data=TextData(), seq_len=256, batch_size=32, steps=800, seed=0,
+       optim=OptimConfig(lr=4e-3, schedule="cosine", warmup_steps=50, weight_decay=0.1)),
 )  # fmt: skip
 # One epoch at a constant rate, as in the paper (section 3.1); a second epoch overfits.
 MIXED = PM("pm", init="lm", data=HH, seq_len=384, batch_size=32, epochs=1,

@@ -69,4 +69,12 @@ def test_chunks_change_neither_loss_nor_gradient(chunk):
 
 
 def test_nll_is_finite_at_extreme_logits():
-    assert jnp.isfinite(token_nll(jnp.array([[1e4, -1e4]]), jnp.array([1]))).all()
+    nll, correct = token_nll(jnp.array([[1e4, -1e4], [1e4, -1e4]]), jnp.array([1, 0]))
+    assert nll.tolist() == [2e4, 0] and correct.tolist() == [False, True]
+
+
+def test_token_accuracy_is_the_share_of_likeliest_targets():
+    logits = jax.random.normal(jax.random.key(3), (4, 5, 20))
+    targets, mask = jnp.argmax(logits, -1).at[:2].set(19), jnp.ones((4, 5), bool)
+    _, metrics = lm_loss(logits, targets, mask)
+    assert float(metrics["token_accuracy"]) == pytest.approx(float(jnp.mean(jnp.argmax(logits, -1) == targets)))
