@@ -19,7 +19,8 @@ from hhjax.fields import names_in
 from hhjax.objectives.preference import PreferenceLoss
 from hhjax.train.state import OptimConfig
 
-HH = ComparisonData(("helpful-base", "harmless-base"))
+# The official files share opening prompts between train and test: those training rows are left out, and counted.
+HH = ComparisonData(("helpful-base", "harmless-base"), overlap="drop")
 TEXT = (
     Tokenizer("tok", data=TextData(), vocab=4096),
     # The text holds no HH record, so folds and seeds share this stage.

@@ -1,16 +1,17 @@
-"""One table over folds and seeds: accuracy of each arm on each kind of test, beside the baselines, with intervals.
+"""Tables over folds and seeds: accuracy beside the baselines, and what one arm has over another, with intervals.
 
     python scripts/table_accuracy.py OUT/experiments/pm_hh.json [OUT/experiments/pm_hh_scratch.json ...]
 
-The runs of one index are one arm. Folds are pooled, each pair counted once a seed; intervals and tests resample
-opening prompts, so that the seeds of one pair do not pass for independent evidence.
+The runs of an index are an arm; preference models of equal training sources are pooled over folds and seeds. Intervals
+and tests resample opening prompts, so that the seeds of one pair do not pass for independent evidence.
 """
 
 import argparse
 from pathlib import Path
 
-from hhjax.analysis.runs import load_results
+from hhjax.analysis.runs import Result, load_results
 from hhjax.analysis.scores import accuracy_rows, accuracy_table, pooled
+from hhjax.analysis.stats import correct, paired_difference
 
 
 def main() -> None:
@@ -18,10 +19,36 @@ def main() -> None:
     parser.add_argument("index", type=Path, nargs="+")
     parser.add_argument("--only", default="*", help="runs whose names match")
     options = parser.parse_args()
+    arms = {}
     for index in options.index:
-        results = load_results(index, options.only)
-        print(f"{index.stem}: {len(results)} evaluations")
-        print(accuracy_table(accuracy_rows(pooled([r.scores for r in results]))), end="\n\n")
+        for result in load_results(index, options.only):
+            arms.setdefault(trained_on(result), {}).setdefault(index.stem, []).append(result)
+    for sources, by_arm in arms.items():
+        (first, ours), *others = by_arm.items()
+        for arm, results in by_arm.items():
+            print(f"{arm}, trained on {sources}: {len(results)} evaluations")
+            print(accuracy_table(accuracy_rows(pooled([r.scores for r in results]))), end="\n\n")
+        for arm, theirs in others:
+            print("\n".join(lead(first, ours, arm, theirs)), end="\n\n")
+
+
+def trained_on(result: Result) -> str:
+    return " and ".join(sorted(result.about["shares"]))
+
+
+def lead(name: str, ours: list[Result], other: str, theirs: list[Result]) -> list[str]:
+    """A line for each test source: how much more accurate one arm is than another on the pairs that both scored."""
+    a, b = ({r.run: r.scores for r in results} for results in (ours, theirs))
+    shared = [run for run in a if run in b]
+    lines = [f"{name} leads {other}, on {len(shared)} shared folds and seeds:"]
+    if not shared:
+        return lines
+    a, b = (pooled([scores[run] for run in shared]) for scores in (a, b))
+    for source in dict.fromkeys(a.source.tolist()):
+        here = a.source == source
+        gain, p = paired_difference(correct(a.margin[here]), correct(b.margin[here]), a.opening[here])
+        lines.append(f"{source:<16}{gain.value:+.3f} [{gain.low:+.3f}, {gain.high:+.3f}]  p {p:.4f}  {gain.n} pairs")
+    return lines
 
 
 if __name__ == "__main__":

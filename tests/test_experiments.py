@@ -83,7 +83,7 @@ def test_the_changed_loss_is_under_ten_lines_and_changes_the_loss():
 
 @pytest.mark.slow
 def test_the_quickstart_goes_from_data_to_report(hh_data, hhjax, tmp_path):
-    process = hhjax("run", ROOT / "experiments" / "pm_hh.py", "--fast", "--data-dir", hh_data, "--tok.vocab", 400)
+    process = hhjax("run", ROOT / "experiments" / "pm_hh.py", "--fast", "--data-dir", hh_data, "--tok.vocab", 320)
     output, _ = process.communicate(timeout=600)
     assert process.returncode == 0, output
     (report,) = (tmp_path / "runs" / "report").glob("*/report.txt")
@@ -91,6 +91,6 @@ def test_the_quickstart_goes_from_data_to_report(hh_data, hhjax, tmp_path):
     for kind in ("helpful", "harmless", "mixed"):
         assert f"eval_{kind}: 0.4M model trained on" in report.read_text()
         assert (report.parent / "figures" / f"calibration_eval_{kind}.png").stat().st_size > 5000
-    again = hhjax("run", ROOT / "experiments" / "pm_hh.py", "--fast", "--data-dir", hh_data, "--tok.vocab", 400)
+    again = hhjax("run", ROOT / "experiments" / "pm_hh.py", "--fast", "--data-dir", hh_data, "--tok.vocab", 320)
     output, _ = again.communicate(timeout=120)
     assert again.returncode == 0 and output.count("is done") == 9

@@ -79,23 +79,25 @@ def win_probability(margin):
 
 def calibration(margin, bins: int = 10) -> Calibration:
     """Mean |margin| and accuracy in `bins` equally full bins of |margin|. margin: [N] chosen - rejected."""
-    margin = np.asarray(margin, float)
-    order = np.argsort(np.abs(margin), kind="stable")
-    parts = [p for p in np.array_split(order, bins) if len(p)]
+    parts = confidence_bins(margin, bins)
     return Calibration(
-        np.array([np.abs(margin[p]).mean() for p in parts]),
-        np.array([correct(margin[p]).mean() for p in parts]),
-        np.array([len(p) for p in parts]),
+        np.array([np.abs(part).mean() for part in parts]),
+        np.array([correct(part).mean() for part in parts]),
+        np.array([len(part) for part in parts]),
     )
+
+
+def confidence_bins(margin, bins: int) -> list[np.ndarray]:
+    """Margins [N] cut into at most `bins` equally full parts, the least confident first."""
+    margin = np.asarray(margin, float)
+    return [part for part in np.array_split(margin[np.argsort(np.abs(margin), kind="stable")], bins) if len(part)]
 
 
 def calibration_error(margin, bins: int = 10) -> float:
     """Expected calibration error: the mean over bins, by count, of |accuracy - mean predicted confidence|."""
-    margin = np.asarray(margin, float)
-    order = np.argsort(np.abs(margin), kind="stable")
-    parts = [p for p in np.array_split(order, bins) if len(p)]
-    gaps = [abs(correct(margin[p]).mean() - win_probability(np.abs(margin[p])).mean()) for p in parts]
-    return float(np.average(gaps, weights=[len(p) for p in parts]))
+    parts = confidence_bins(margin, bins)
+    gaps = [abs(correct(part).mean() - win_probability(np.abs(part)).mean()) for part in parts]
+    return float(np.average(gaps, weights=[len(part) for part in parts]))
 
 
 def log_linear_fit(x, y) -> tuple[float, float, float]:
