@@ -104,7 +104,7 @@ class Training(Stage):
     seed: int | None = execution(None)  # the seed that results is part of the identity
     micro_batches: int = execution(1)
     mesh: MeshConfig = execution(MeshConfig())
-    run: RunConfig = execution(RunConfig())
+    run: RunConfig = RunConfig()
     log_every: int = execution(10)
     eval_every: int = execution(0)
     eval_rows: int = execution(512)
@@ -118,9 +118,11 @@ class Training(Stage):
             raise ConfigError(f"{self.name}.model={self.model!r} has no effect beside init={self.init!r}; leave it out")
         if not self.init and not self.tokenizer:
             raise ConfigError(f"{self.name} has neither init nor tokenizer; name a stage or a folder in one of them")
-        for name in ("seq_len", "batch_size", "micro_batches", "log_every", "keep"):
-            if getattr(self, name) < 1:
+        for name in ("seq_len", "batch_size", "micro_batches", "log_every", "keep", "steps"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ConfigError(f"{self.name}.{name}={getattr(self, name)}; it must be at least 1")
+        if self.epochs <= 0:
+            raise ConfigError(f"{self.name}.epochs={self.epochs}; it must be positive")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -440,9 +442,9 @@ def canonical_stage(stage: Stage, ids: Mapping[str, str], data_dir: Path | None)
 
 def canonical_data(data, ids: Mapping[str, str], data_dir: Path | None) -> dict:
     """A data config by what its files hold, not by where they lie."""
-    plain = replace(data, sources=tuple(s for s in data.sources if s not in ids))
     sources = [ids.get(s, "file" if is_path(s) else s) for s in data.sources]
-    files = [file_digest(Path(p)) for p in data_files(plain, data_dir)] if plain.sources else []
+    own = [type(data)(sources=(s,)) for s in data.sources if s not in ids]
+    files = [file_digest(Path(p)) for each in own for p in data_files(each, data_dir)]
     return canonical(data) | {"sources": sources, "files": files}
 
 

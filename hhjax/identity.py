@@ -12,6 +12,8 @@ import types
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
+
 from hhjax.fields import ConfigError
 
 
@@ -55,6 +57,9 @@ def canonical(value):
         return value
     if callable(value):
         return canonical_function(value)
+    if hasattr(value, "dtype") and hasattr(value, "__array__"):
+        array = np.asarray(value)
+        return {"dtype": str(array.dtype), "shape": list(array.shape), "sha256": hashlib.sha256(array.tobytes()).hexdigest()}
     raise ConfigError(f"{value!r} cannot be part of a stage's identity; use numbers, text, tuples or dataclasses")
 
 
@@ -68,30 +73,43 @@ def canonical_function(fn) -> dict:
 
 
 def collect_sources(fn, found: dict) -> dict:
-    """Adds to `found` the source of `fn`, of the functions beside it that it names, and the constants they use."""
-    try:
-        source = textwrap.dedent(inspect.getsource(fn))
-    except (OSError, TypeError):
-        message = f"the source of {fn!r} cannot be read; define it with `def` in the experiment's file"
-        raise ConfigError(message) from None
-    found[fn.__qualname__] = strip_comments(source)
+    """Adds to `found` the source of `fn`, of the functions, classes and modules beside it that it names, and the
+    values of the globals and closure variables it uses. Raises ConfigError on a value that has no stable text."""
+    fn = inspect.unwrap(fn)
+    found[full_name(fn)] = strip_comments(source_of(fn))
     if not isinstance(fn, types.FunctionType):
         return found
-    enclosed = inspect.getclosurevars(fn).nonlocals
-    names = set(re.findall(r"[A-Za-z_]\w*", found[fn.__qualname__]))
-    beside = {n: fn.__globals__[n] for n in names if n in fn.__globals__} | dict(enclosed)
-    for name, value in beside.items():
-        if isinstance(value, types.FunctionType):
-            if folder(value) == folder(fn) and value.__qualname__ not in found:
+    names = set(re.findall(r"[A-Za-z_]\w*", found[full_name(fn)]))
+    used = {n: fn.__globals__[n] for n in names if n in fn.__globals__ and not n.startswith("__")}
+    for name, value in (used | dict(inspect.getclosurevars(fn).nonlocals)).items():
+        value = inspect.unwrap(value) if callable(value) else value
+        if isinstance(value, types.FunctionType | types.ModuleType | type):
+            if folder(value) == folder(fn) and full_name(value) not in found:
                 collect_sources(value, found)
-        elif isinstance(value, bool | int | float | str | tuple) or name in enclosed:
-            found[f"{fn.__qualname__}.{name}"] = canonical(value)
+        elif not callable(value):  # what is callable still belongs to a library
+            found[f"{full_name(fn)}.{name}"] = canonical(value)
     return found
 
 
-def folder(fn) -> Path:
-    """Where the file of a function is."""
-    return Path(fn.__code__.co_filename).parent
+def full_name(value) -> str:
+    return ".".join(filter(None, [getattr(value, "__module__", None), getattr(value, "__qualname__", value.__name__)]))
+
+
+def source_of(value) -> str:
+    """Raises ConfigError where there is none to read."""
+    try:
+        return textwrap.dedent(inspect.getsource(value))
+    except (OSError, TypeError):
+        message = f"the source of {value!r} cannot be read; define it with `def` in the experiment's file"
+        raise ConfigError(message) from None
+
+
+def folder(value) -> Path | None:
+    """Where the file of a function, class or module is; None for what has no file."""
+    try:
+        return Path(inspect.getfile(value)).absolute().parent
+    except (OSError, TypeError):
+        return None
 
 
 def strip_comments(source: str) -> str:

@@ -107,6 +107,25 @@ def batch_ways(mesh: Mesh) -> int:
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
+def batch_host(mesh: Mesh) -> tuple[int, int]:
+    """(index, count): which of how many equal runs of every batch this process must bring.
+
+    Processes that only a tensor axis parts bring the same rows. Raises ValueError where the devices of
+    the batch axis do not go to processes in runs.
+    """
+    owners = np.vectorize(lambda d: d.process_index)(mesh.devices).reshape(batch_ways(mesh), -1)
+    shards = [frozenset(row) for row in owners.tolist()]
+    runs = [shard for i, shard in enumerate(shards) if i == 0 or shard != shards[i - 1]]
+    even = len(shards) % len(runs) == 0 and shards == [r for r in runs for _ in range(len(shards) // len(runs))]
+    if not even or sum(map(len, runs)) != len(frozenset().union(*runs)):
+        raise ValueError(
+            f"mesh {dict(mesh.shape)} gives the batch's {len(shards)} shards to processes {[sorted(s) for s in shards]}; "
+            f"choose sizes by which each process, or each group of them, holds one run of shards"
+        )
+    mine = [i for i, run in enumerate(runs) if jax.process_index() in run]
+    return (mine[0] if mine else 0), len(runs)
+
+
 def check_batch(batch_size: int, mesh: Mesh) -> None:
     """Raises ValueError unless `batch_size` rows divide over data*fsdp."""
     ways = batch_ways(mesh)

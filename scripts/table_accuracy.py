@@ -9,7 +9,7 @@ and tests resample opening prompts, so that the seeds of one pair do not pass fo
 import argparse
 from pathlib import Path
 
-from hhjax.analysis.runs import Result, load_results
+from hhjax.analysis.runs import Result, load_results, trained_on
 from hhjax.analysis.scores import accuracy_rows, accuracy_table, pooled
 from hhjax.analysis.stats import correct, paired_difference
 
@@ -30,10 +30,6 @@ def main() -> None:
             print(accuracy_table(accuracy_rows(pooled([r.scores for r in results]))), end="\n\n")
         for arm, theirs in others:
             print("\n".join(lead(first, ours, arm, theirs)), end="\n\n")
-
-
-def trained_on(result: Result) -> str:
-    return " and ".join(sorted(result.about["shares"]))
 
 
 def lead(name: str, ours: list[Result], other: str, theirs: list[Result]) -> list[str]:

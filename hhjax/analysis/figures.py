@@ -14,10 +14,10 @@ matplotlib.use("Agg")  # figures are files
 import matplotlib.pyplot as plt  # noqa: E402
 from matplotlib.transforms import ScaledTranslation  # noqa: E402
 
-from hhjax.analysis.runs import Result  # noqa: E402
+from hhjax.analysis.runs import Result, require_alike  # noqa: E402
 from hhjax.analysis.scores import pooled  # noqa: E402
 from hhjax.analysis.stats import (  # noqa: E402
-    calibration, calibration_error, correct, log_linear_fit, mean_estimate, win_probability,
+    Estimate, calibration_error, confidence_bins, correct, log_linear_fit, mean_estimate, win_probability,
 )  # fmt: skip
 
 COLORS = ("#1f5a8c", "#c8501e", "#3d8a4e", "#8457a6", "#a67c00", "#5b5b5b")
@@ -33,10 +33,8 @@ class Line(NamedTuple):
     high: Sequence[float]
 
 
-def estimate_line(label: str, x, parts) -> Line:
-    """Accuracy at each x, of the pooled scores `parts[i]`, with intervals over opening prompts."""
-    found = [mean_estimate(correct(p.margin), p.opening) for p in parts]
-    return Line(label, list(x), [e.value for e in found], [e.low for e in found], [e.high for e in found])
+def estimate_line(label: str, x, estimates: Sequence[Estimate]) -> Line:
+    return Line(label, list(x), *([getattr(e, name) for e in estimates] for name in ("value", "low", "high")))
 
 
 def by(results: Sequence[Result], key) -> dict:
@@ -53,11 +51,11 @@ def accuracy_figure(results: Sequence[Result], path: Path) -> str:
     names = {r.about["parameters"]: r.about["size"] for r in results}
     sizes, amounts = ([*dict.fromkeys(sorted(k[i] for k in scores))] for i in (0, 1))
     by_amount = [
-        estimate_line(names[s], [d for d in amounts if (s, d) in scores], [scores[s, d] for d in amounts if (s, d) in scores])
+        estimate_line(names[s], [d for d in amounts if (s, d) in scores], [accuracy(scores[s, d]) for d in amounts if (s, d) in scores])
         for s in sizes
     ]
     by_size = [
-        estimate_line(f"{d:,} pairs", [s for s in sizes if (s, d) in scores], [scores[s, d] for s in sizes if (s, d) in scores])
+        estimate_line(f"{d:,} pairs", [s for s in sizes if (s, d) in scores], [accuracy(scores[s, d]) for s in sizes if (s, d) in scores])
         for d in amounts
     ]
     biggest, most = by_amount[-1], by_size[-1]
@@ -81,9 +79,9 @@ def mixture_figure(results: Sequence[Result], path: Path) -> str:
         shares = [100 * s for s in scores]
         kinds = {}
         for kind in ("helpful-base", "harmless-base"):
-            kinds[kind] = estimate_line(f"{name} on {kind}", shares, [p.only(p.source == kind) for p in scores.values()])
+            kinds[kind] = estimate_line(f"{name} on {kind}", shares, [accuracy(p.only(p.source == kind)) for p in scores.values()])
         lines += kinds.values()
-        means.append(estimate_line(f"{name}, both tests", shares, [balanced(p) for p in scores.values()]))
+        means.append(estimate_line(f"{name}, both tests", shares, [mean_over_kinds(p) for p in scores.values()]))
     helpful, harmless = lines[0], lines[1]
     found = (
         f"{helpful.label.split()[0]}: trained on helpfulness alone {helpful.y[0]:.3f} on helpful and {harmless.y[0]:.3f} on "
@@ -101,13 +99,13 @@ def mixture_figure(results: Sequence[Result], path: Path) -> str:
 
 def calibration_figure(results: Sequence[Result], path: Path, bins: int = 10) -> str:
     """Figure 9: accuracy against score difference, beside 1/(1+exp(-difference))."""
+    require_alike(results)
     everything = pooled([r.scores for r in results])
     lines, found = [], []
     for source in dict.fromkeys(everything.source.tolist()):
         part = everything.only(everything.source == source)
-        curve = calibration(part.margin, bins)
-        half = 1.96 * np.sqrt(curve.accuracy * (1 - curve.accuracy) / curve.count)
-        lines.append(Line(source, curve.margin, curve.accuracy, curve.accuracy - half, curve.accuracy + half))
+        points = [part.only(rows) for rows in confidence_bins(part.margin, bins)]
+        lines.append(estimate_line(source, [np.abs(p.margin).mean() for p in points], [accuracy(p) for p in points]))
         confidence = win_probability(np.abs(part.margin)).mean()
         gap = correct(part.margin).mean() - confidence
         word = "under" if gap > 0 else "over"
@@ -124,13 +122,14 @@ def calibration_figure(results: Sequence[Result], path: Path, bins: int = 10) ->
 
 def turn_figure(results: Sequence[Result], path: Path, most_turns: int = 6) -> str:
     """Figure 8: accuracy and number of test pairs by turn of the dialogue (that many turns and more at the end)."""
+    require_alike(results)
     everything = pooled([r.scores for r in results])
     turn = np.minimum(everything.turns, most_turns)
     lines = []
     for source in [*dict.fromkeys(everything.source.tolist()), "all"]:
         here = (everything.source == source) | (source == "all")
         turns = [t for t in range(1, most_turns + 1) if np.sum(here & (turn == t)) >= 20]
-        lines.append(estimate_line(source, turns, [everything.only(here & (turn == t)) for t in turns]))
+        lines.append(estimate_line(source, turns, [accuracy(everything.only(here & (turn == t))) for t in turns]))
     fig, axes = plt.subplots(1, 2, figsize=(10, 4.2))
     counts = [int(np.sum(turn == t)) for t in range(1, most_turns + 1)]
     axes[0].bar(range(1, most_turns + 1), counts, color=COLORS[0])
@@ -151,16 +150,18 @@ def turn_figure(results: Sequence[Result], path: Path, most_turns: int = 6) -> s
 
 def accuracy_in_words(scores) -> str:
     """Accuracy with its interval, or that there is nothing to take it of."""
-    return str(mean_estimate(correct(scores.margin), scores.opening)) if len(scores.source) else "no pairs"
+    return str(accuracy(scores)) if len(scores.source) else "no pairs"
 
 
-def balanced(scores):
-    """The same number of rows of each source, spread over all of them (folds, seeds): the mean over kinds, in spite
-    of unequal tests."""
-    of_each = [np.flatnonzero(scores.source == s) for s in dict.fromkeys(scores.source.tolist())]
-    least = min(map(len, of_each))
-    rows = [at[np.linspace(0, len(at) - 1, least).astype(int)] for at in of_each]
-    return scores.only(np.sort(np.concatenate(rows)))
+def accuracy(scores) -> Estimate:
+    return mean_estimate(correct(scores.margin), scores.opening)
+
+
+def mean_over_kinds(scores) -> Estimate:
+    """The mean of the sources' accuracies, in spite of unequal tests."""
+    _, kind, count = np.unique(scores.source, return_inverse=True, return_counts=True)
+    weight = len(kind) / (len(count) * count[kind])
+    return mean_estimate(weight * correct(scores.margin), scores.opening)
 
 
 def trend(line: Line, what: str, who: str) -> str:

@@ -9,7 +9,7 @@ from hhjax.data.comparisons import MAX_CHARS, Comparison
 from hhjax.data.records import DataError
 from hhjax.data.stream import Host, PairSource
 from hhjax.objectives.preference import pair_scores
-from hhjax.sharding import put_batch, replicated
+from hhjax.sharding import batch_host, put_batch, replicated
 from hhjax.types import Model
 
 
@@ -23,7 +23,7 @@ def score_comparisons(
     """
     scores = np.full((len(rows), 2), np.nan, np.float32)
     left = np.arange(len(rows))
-    host = Host(jax.process_index(), jax.process_count())
+    host = Host(*batch_host(mesh))
     score = jax.jit(lambda p, pairs: pair_scores(model, p, pairs)[:2], out_shardings=replicated(mesh))
     while len(left):
         try:

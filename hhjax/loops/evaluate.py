@@ -17,6 +17,7 @@ from hhjax.experiment import Evaluate, StageContext
 from hhjax.fields import ConfigError
 from hhjax.loops.supervised import load_model
 from hhjax.model.sizes import matmul_params
+from hhjax.model.transformer import RunConfig
 from hhjax.sharding import batch_ways, make_mesh
 
 
@@ -31,7 +32,7 @@ def run(stage: Evaluate, ctx: StageContext) -> None:
     parent = ctx.parent_stages[stage.of]
     if parent.get("kind") != "pm":
         raise ConfigError(f"{stage.name}.of={stage.of!r} is no preference model; name a PM stage, or its folder")
-    model, params, tokenizer = load_model(folder, step, mesh)
+    model, params, tokenizer = load_model(folder, step, mesh, RunConfig(dtype=parent["config"]["run"]["dtype"]))
     test, _ = load_comparisons(stage.data, "test", ctx.data_dir)
     train, _ = load_comparisons(training_data(parent), "train", ctx.data_dir)
     require_unseen(train, test)

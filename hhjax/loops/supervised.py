@@ -29,7 +29,7 @@ from hhjax.io.models import open_model
 from hhjax.loops.progress import Progress
 from hhjax.model.sizes import model_config
 from hhjax.model.transformer import ModelConfig, RunConfig, config_to_json, make_model
-from hhjax.sharding import check_batch, make_mesh, param_shardings, put_batch
+from hhjax.sharding import batch_host, check_batch, make_mesh, param_shardings, put_batch
 from hhjax.train.state import TrainState, init_state, make_optimizer, state_shardings
 from hhjax.train.step import make_train_step, shard_step
 from hhjax.types import Batch, LossFn, Model, Pairs
@@ -44,6 +44,7 @@ def run(stage: Training, ctx: StageContext) -> None:
     Preempted once it was told to stop and has saved.
     """
     mesh = make_mesh(stage.mesh)
+    host = Host(*batch_host(mesh))
     check_batch(stage.batch_size // stage.micro_batches, mesh)
     config, tokenizer, load_parent = starting_point(stage, ctx)
     model = make_model(config, mesh, stage.run)
@@ -64,7 +65,7 @@ def run(stage: Training, ctx: StageContext) -> None:
     saver = checkpoint.CheckpointWriter(ctx.dir, stage.keep, on_saved=progress.saved)
     with contextlib.closing(progress), contextlib.closing(saver), watchdog():
         update = make_update(stage, config, train_step, mesh, progress)
-        for done, batch in enumerate(prefetch(source, ctx.seed, position["step"], total), position["step"] + 1):
+        for done, batch in enumerate(prefetch(source, ctx.seed, position["step"], total, host), position["step"] + 1):
             rearm_watchdog(stage.watchdog_s)
             state, metrics = update(state, batch)
             progress.flush()  # the row before: the device has this step's work meanwhile
@@ -116,6 +117,7 @@ def make_update(stage: Training, config: ModelConfig, train_step, mesh, progress
         if timed:
             return train_step(state, put_batch(batch, mesh))
         compiled.add(batch_shape(batch))
+        jax.block_until_ready(state)  # the steps still under way are no part of the compilation
         with progress.excluded():
             return jax.block_until_ready(train_step(state, put_batch(batch, mesh)))
 
@@ -155,6 +157,9 @@ def resume(stage: Training, ctx: StageContext, model: Model, optimizer, sharding
         if jax.process_index() == 0:
             write_event(ctx.dir, "restore", **found[1])
         return found
+    if steps := checkpoint.good_steps(ctx.dir):
+        raise ConfigError(f"{ctx.dir} has checkpoints {steps}, and none can be read; the reasons are in events.jsonl: "
+                          f"mend them, or move the folder away to start anew")  # fmt: skip
     if load_parent:
         params = load_parent(like.params, shardings.params)
     else:
@@ -216,9 +221,8 @@ def total_steps(stage: Training, source) -> int:
     return stage.steps if stage.steps is not None else max(1, round(stage.epochs * source.steps_per_epoch))
 
 
-def prefetch(source, seed: int, start: int, stop: int) -> Iterator[Batch]:
+def prefetch(source, seed: int, start: int, stop: int, host: Host) -> Iterator[Batch]:
     """This host's batches of steps start..stop-1, each made while the one before is in use."""
-    host = this_host()
     with ThreadPoolExecutor(1) as pool:
         coming = pool.submit(source.batch, seed, start, host) if start < stop else None
         for step in range(start, stop):
@@ -227,8 +231,6 @@ def prefetch(source, seed: int, start: int, stop: int) -> Iterator[Batch]:
             yield batch
 
 
-def this_host() -> Host:
-    return Host(jax.process_index(), jax.process_count())
 
 
 def batch_shape(batch: Batch) -> tuple[int, int]:
@@ -238,8 +240,8 @@ def batch_shape(batch: Batch) -> tuple[int, int]:
 
 def batch_work(stage: Training, config: ModelConfig, batch: Batch) -> tuple[int, float]:
     """Real tokens of a global batch and the model FLOPs of an update on it, from this host's share."""
-    hosts = jax.process_count()
     rows, width = batch_shape(batch)
+    hosts = stage.batch_size // rows
     if not isinstance(batch, Pairs):
         return hosts * int(batch.length.sum()), roofline.lm_step_flops(config, hosts * rows, width)
     tokens = int(batch.chosen.length.sum() + batch.rejected.length.sum())
@@ -253,10 +255,11 @@ def batch_work(stage: Training, config: ModelConfig, batch: Batch) -> tuple[int,
 def make_evaluate(loss: LossFn, held_out, stage: Training, mesh):
     """params -> the loss's metrics over at most `eval_rows` held-out rows, each counted once and with weight one."""
     scored = jax.jit(lambda params, batch: loss(params, batch, jax.random.key(0)))
+    host = Host(*batch_host(mesh))
 
     def evaluate(params) -> dict:
         sums, total = {}, 0.0
-        for batch in held_out_batches(held_out, stage.eval_rows, stage.batch_size, this_host()):
+        for batch in held_out_batches(held_out, stage.eval_rows, stage.batch_size, host):
             value, metrics = jax.device_get(scored(params, put_batch(batch, mesh)))
             weight = float(metrics.pop("weight"))
             total += weight

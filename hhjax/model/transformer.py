@@ -4,7 +4,7 @@ Flax declares the parameters of a block with their logical axes; everything else
 Blocks are stacked along a leading `layers` axis and scanned in training, unrolled when a cache is passed.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import NamedTuple
 
@@ -58,17 +58,17 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """How a model is executed; changes speed, memory and rounding, never what is computed.
+    """How a model is executed. Only dtype changes a result by more than rounding, and is part of a stage's identity.
 
     remat: "none", "dots" (keep matrix products) or "full" (keep block inputs only).
     unroll: layers per scan step; 0 is all of up to 8 on CPU, where it saves a third, and one elsewhere. dtype: "float32", "bfloat16", or "auto" (bfloat16 on GPU and TPU);
     parameters are f32 always. barrier: "auto" (CPU only), "on" or "off", see `gradient_barrier`.
     """
 
-    remat: str = "none"
-    unroll: int = 0
+    remat: str = field(default="none", metadata={"identity": False})
+    unroll: int = field(default=0, metadata={"identity": False})
     dtype: str = "auto"
-    barrier: str = "auto"
+    barrier: str = field(default="auto", metadata={"identity": False})
 
 
 class Where(NamedTuple):

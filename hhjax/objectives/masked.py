@@ -14,5 +14,5 @@ def masked_mean(x, mask, axis=None):
 
 
 def weighted_mean(x, weight):
-    """Mean of x [B] with weights [B] >= 0; 0 when all weights are."""
-    return jnp.sum(x * weight) / jnp.maximum(jnp.sum(weight), 1e-9)
+    """Mean of weight * x over the entries of positive weight, [B] each: weights scale, and one of zero leaves out."""
+    return masked_mean(weight * x, weight > 0)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from hhjax.objectives.lm import chunked_nll, next_tokens
-from hhjax.objectives.masked import weighted_mean
+from hhjax.objectives.masked import masked_mean, weighted_mean
 from hhjax.types import LossFn, Model, Pairs, Tokens
 
 
@@ -32,14 +32,14 @@ def preference_loss(chosen, rejected):
 
 
 def preference_metrics(chosen, rejected, weight):
-    """Accuracy (a tie counts half), mean margin and mean scores, weighted by the pairs' loss weights."""
-    margin = chosen - rejected
+    """Accuracy (a tie counts half), mean margin and mean scores over the pairs that have a weight, each counted once."""
+    margin, real = chosen - rejected, weight > 0
     return {
-        "accuracy": weighted_mean((margin > 0) + 0.5 * (margin == 0), weight),
-        "margin": weighted_mean(margin, weight),
-        "chosen_score": weighted_mean(chosen, weight),
-        "rejected_score": weighted_mean(rejected, weight),
-        "weight": jnp.sum(weight),
+        "accuracy": masked_mean((margin > 0) + 0.5 * (margin == 0), real),
+        "margin": masked_mean(margin, real),
+        "chosen_score": masked_mean(chosen, real),
+        "rejected_score": masked_mean(rejected, real),
+        "weight": jnp.sum(real).astype(jnp.float32),
     }
 
 
@@ -68,17 +68,22 @@ def pair_scores(model: Model, params, pairs: Pairs):
 def preference_objective(model: Model, cfg: PreferenceLoss = PreferenceLoss()) -> LossFn:
     """The mean preference loss over `Pairs`, plus `lm_coef` x the chosen dialogues' mean nats per token.
 
-    The language-model term is a mean over pairs of each row's mean, with the pairs' weights,
-    so that micro-batches combine exactly.
+    Each pair's loss is multiplied by its weight, lambda for harmless ones: L_help + lambda L_harm of Bai et al. 2022,
+    section 5.1.2. The language-model term is a mean over pairs of each row's mean, with the same weights, so that
+    micro-batches combine exactly.
     """
 
     def loss(params, batch: Pairs, key):
         del key
         chosen, rejected, hidden = pair_scores(model, params, batch)
-        total = weighted_mean(preference_loss(chosen, rejected), batch.weight)
-        metrics = preference_metrics(chosen, rejected, batch.weight) | {"pm_loss": total}
+        nats = preference_loss(chosen, rejected)
+        total = weighted_mean(nats, batch.weight)
+        metrics = preference_metrics(chosen, rejected, batch.weight)
+        metrics["pm_loss"] = masked_mean(nats, batch.weight > 0)
         if cfg.lm_coef:
-            whole = batch.chosen._replace(prompt_len=jnp.zeros_like(batch.chosen.prompt_len))
+            # The whole dialogue, but for <eoc>: a language model never says that.
+            rows = batch.chosen
+            whole = rows._replace(prompt_len=jnp.zeros_like(rows.length), length=rows.length - 1)
             targets, mask = next_tokens(whole)
             nll, _ = chunked_nll(model, params, hidden[:, 0], targets, mask, cfg.lm_chunk)
             lm = weighted_mean(nll / jnp.maximum(jnp.sum(mask, -1), 1), batch.weight)

@@ -26,6 +26,6 @@ def make_result():
             baselines={"longer": rng.normal(0, 1, rows), "words": rng.normal(0.1, 1, rows)},
         )
         given = {"size": "1M", "parameters": 1_000_000, "comparisons": 500, "shares": {"helpful-base": 1.0}, "seed": seed}
-        return Result(f"seed={seed}", Path("nowhere"), given | about, scores)
+        return Result(f"seed={seed}", "eval", Path("nowhere"), given | about, scores)
 
     return make

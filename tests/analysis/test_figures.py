@@ -7,7 +7,7 @@ import matplotlib.image
 import numpy as np
 import pytest
 
-from hhjax.analysis.figures import accuracy_figure, balanced, calibration_figure, mixture_figure, turn_figure
+from hhjax.analysis.figures import accuracy_figure, calibration_figure, mean_over_kinds, mixture_figure, turn_figure
 from hhjax.analysis.plotting import plot
 from hhjax.analysis.scores import write_summary
 
@@ -65,12 +65,28 @@ def test_mixture(make_result, tmp_path):
     assert f"best mean {max(means):.3f} at {100 * shares[int(np.argmax(means))]:.0f} % harmless" in found
 
 
-def test_balanced_takes_as_many_of_each_kind_from_everywhere(make_result):
+def test_the_mean_over_kinds_is_the_mean_of_their_accuracies(make_result):
     scores = make_result(kinds=("helpful-base", "helpful-base", "harmless-base")).scores
-    kept = balanced(scores)
-    assert [int(np.sum(kept.source == k)) for k in ("helpful-base", "harmless-base")] == [80, 80]
-    helpful = kept.opening[kept.source == "helpful-base"]
-    assert helpful[0] == 0 and helpful[-1] >= 118  # the first and the last openings
+    kinds = [accuracy(scores.only(scores.source == k)) for k in ("helpful-base", "harmless-base")]
+    found = mean_over_kinds(scores)
+    assert found.value == pytest.approx(np.mean(kinds)) != pytest.approx(accuracy(scores))
+    assert found.low < found.value < found.high
+
+
+def test_models_of_different_training_are_not_pooled(make_result, tmp_path):
+    results = [make_result(0), make_result(1, shares={"harmless-base": 1.0})]
+    for figure in (calibration_figure, turn_figure):
+        with pytest.raises(ValueError, match="helpful-base / harmless-base; choose one kind with --stage"):
+            figure(results, tmp_path / "mixed")
+
+
+def test_seeds_do_not_narrow_the_intervals_of_calibration(make_result, tmp_path):
+    widths = []
+    for count in (1, 4):
+        calibration_figure([make_result(0)] * count, tmp_path / f"c{count}", bins=2)
+        points = read(tmp_path / f"c{count}")["difference", "helpful-base"]
+        widths.append(np.mean(points[:, 3] - points[:, 2]))
+    assert widths[1] > 0.9 * widths[0]
 
 
 def test_calibration(make_result, tmp_path):
@@ -111,5 +127,5 @@ def test_a_script_draws_beside_the_index_and_says_what_is_missing(make_result, t
     plot(turn_figure, "turns", "what it draws")
     assert (tmp_path / "figures" / "e" / "turns.png").is_file() and "from 1 evaluations" in capsys.readouterr().out
     monkeypatch.setattr(sys, "argv", ["plot_turns.py", str(index), "--only", "z"])
-    with pytest.raises(SystemExit, match="error: no run of .* matches 'z'"):
+    with pytest.raises(SystemExit, match="error: nothing of .* matches 'z'"):
         plot(turn_figure, "turns", "what it draws")

@@ -80,12 +80,34 @@ def test_swapping_the_sides_negates_the_margin():
 
 
 def test_lambda_weighs_a_pair_as_if_it_stood_there_that_often():
-    once = jax.tree.map(lambda x: x[jnp.array([0, 1, 1, 1, 2])], pairs())
+    often = jax.tree.map(lambda x: x[jnp.array([0, 1, 1, 1, 2])], pairs())
     loss = preference_objective(MODEL, PreferenceLoss(lm_coef=0.5))
-    a, metrics = loss(PARAMS, pairs((1.0, 3.0, 1.0)), None)
-    b, _ = loss(PARAMS, once, None)
-    assert float(a) == pytest.approx(float(b), abs=1e-5)
-    assert float(metrics["weight"]) == 5
+    weighted, metrics = loss(PARAMS, pairs((1.0, 3.0, 1.0)), None)
+    repeated, _ = loss(PARAMS, often, None)
+    assert 3 * float(weighted) == pytest.approx(5 * float(repeated), abs=1e-4)
+    assert float(metrics["weight"]) == 3
+
+
+def test_lambda_is_not_divided_away_where_every_pair_has_it():
+    loss = preference_objective(MODEL)
+    assert float(loss(PARAMS, pairs((3.0, 3.0, 3.0)), None)[0]) == pytest.approx(3 * float(loss(PARAMS, pairs(), None)[0]))
+
+
+def test_a_pair_of_no_weight_is_as_if_it_were_not_there():
+    loss = preference_objective(MODEL, PreferenceLoss(lm_coef=0.5))
+    there, metrics = loss(PARAMS, pairs((1.0, 1.0, 0.0)), None)
+    without, expected = loss(PARAMS, jax.tree.map(lambda x: x[:2], pairs()), None)
+    assert float(there) == pytest.approx(float(without), abs=1e-5)
+    assert {k: float(v) for k, v in metrics.items()} == pytest.approx({k: float(v) for k, v in expected.items()}, abs=1e-5)
+
+
+def test_the_end_of_context_token_is_no_target_of_the_language_model_term():
+    batch = pairs()
+    last = (batch.chosen.length - 1)[:, None]
+    other = jnp.where(jnp.arange(10) == last, 5, batch.chosen.tokens)
+    loss = preference_objective(MODEL, PreferenceLoss(lm_coef=0.5))
+    a, b = (loss(PARAMS, batch._replace(chosen=batch.chosen._replace(tokens=t)), None)[1] for t in (batch.chosen.tokens, other))
+    assert float(a["lm_loss"]) == pytest.approx(float(b["lm_loss"]), abs=1e-6)
 
 
 def test_the_language_model_term_is_the_chosen_side_s_nats_per_token():
@@ -97,6 +119,6 @@ def test_the_language_model_term_is_the_chosen_side_s_nats_per_token():
     assert float(other["lm_loss"]) == pytest.approx(float(metrics["lm_loss"]), abs=1e-6)
 
 
-def test_metrics_are_weighted():
-    m = preference_metrics(jnp.array([1.0, 0.0]), jnp.array([0.0, 2.0]), jnp.array([3.0, 1.0]))
-    assert float(m["accuracy"]) == 0.75 and float(m["margin"]) == pytest.approx((3 - 2) / 4)
+def test_metrics_count_every_pair_once():
+    m = preference_metrics(jnp.array([1.0, 0.0, 9.0]), jnp.array([0.0, 2.0, 0.0]), jnp.array([3.0, 1.0, 0.0]))
+    assert float(m["accuracy"]) == 0.5 and float(m["margin"]) == pytest.approx((1 - 2) / 2)

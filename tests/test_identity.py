@@ -1,0 +1,86 @@
+"""A changed loss is another stage: whatever of its folder it uses counts, in whichever way it is reached."""
+
+import importlib
+import sys
+
+import pytest
+
+from hhjax.fields import ConfigError
+from hhjax.identity import canonical, digest
+
+HELPERS = "def scale(x):\n    return x * 2\n"
+LOSS = """
+import functools
+import numpy as np
+import helpers
+from helpers import scale
+
+SETTINGS = {"margin": 1.0}
+STEPS = [1, 2]
+TABLE = np.array([1.0, 2.0])
+
+
+@functools.wraps(scale)
+def wrapped(x):
+    return scale(x) + 1
+
+
+class Tool:
+    factor = 3
+
+
+def objective(model, cfg):
+    def loss(params, batch, key):
+        return helpers.scale(batch) * SETTINGS["margin"] + TABLE.sum() + len(STEPS) + wrapped(batch) + Tool.factor
+    return loss
+"""
+
+
+@pytest.fixture
+def identity_of(tmp_path, monkeypatch):
+    """identity_of(loss, helpers) -> the digest of `objective` in a module of these sources."""
+    count = iter(range(100))
+
+    def make(loss=LOSS, helpers=HELPERS):
+        folder = tmp_path / str(next(count))
+        folder.mkdir()
+        (folder / "losses.py").write_text(loss)
+        (folder / "helpers.py").write_text(helpers)
+        monkeypatch.syspath_prepend(folder)
+        for name in ("losses", "helpers"):
+            sys.modules.pop(name, None)
+        importlib.invalidate_caches()
+        return digest(canonical(importlib.import_module("losses").objective))
+
+    yield make
+    for name in ("losses", "helpers"):
+        sys.modules.pop(name, None)
+
+
+@pytest.mark.parametrize(
+    "old, new",
+    [
+        ('"margin": 1.0', '"margin": 2.0'),
+        ("STEPS = [1, 2]", "STEPS = [1, 2, 3]"),
+        ("np.array([1.0, 2.0])", "np.array([1.0, 3.0])"),
+        ("factor = 3", "factor = 4"),
+        (") * SETTINGS", ") + SETTINGS"),
+    ],
+)
+def test_what_the_loss_s_own_file_changes_is_a_new_identity(identity_of, old, new):
+    assert old in LOSS and identity_of() != identity_of(LOSS.replace(old, new))
+
+
+def test_a_helper_in_the_same_folder_counts_through_module_name_and_decorator(identity_of):
+    assert identity_of() != identity_of(helpers=HELPERS.replace("* 2", "* 3"))
+    by_module = LOSS.replace("from helpers import scale", "scale = float")
+    assert identity_of(by_module) != identity_of(by_module, HELPERS.replace("* 2", "* 3"))
+
+
+def test_comments_docstrings_and_place_do_not_count(identity_of):
+    assert identity_of() == identity_of("# a comment\n" + LOSS.replace("class Tool:", 'class Tool:\n    """A tool."""'))
+
+
+def test_a_value_without_a_stable_text_is_refused(identity_of):
+    with pytest.raises(ConfigError, match="cannot be part of a stage's identity"):
+        identity_of(LOSS.replace("STEPS = [1, 2]", "STEPS = iter([1, 2])").replace("len(STEPS)", "next(STEPS)"))
