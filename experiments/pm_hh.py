@@ -24,7 +24,7 @@ HH = ComparisonData(("helpful-base", "harmless-base"), overlap="drop")
 TEXT = (
     Tokenizer("tok", data=TextData(), vocab=4096),
     # The text holds no HH record, so folds and seeds share this stage.
-    LM("lm", tokenizer="tok", model="0.4M", data=TextData(), seq_len=256, batch_size=32, steps=800, seed=0,
+    LM("lm", tokenizer="tok", model="0.4M", data=TextData(), seq_len=256, batch_size=32, steps=1000, seed=0,
        optim=OptimConfig(lr=4e-3, schedule="cosine", warmup_steps=50, weight_decay=0.1)),
 )  # fmt: skip
 # One epoch at a constant rate, as in the paper (section 3.1); a second epoch overfits.
