@@ -78,6 +78,8 @@ def parse(argv: Sequence[str], prog: str, extra: type | None = None) -> tuple[Co
         print(module.__doc__ or "")  # tyro would set it as one paragraph
     flags = tyro.cli(make_dataclass("Flags", top + stages), args=rest, prog=name, description="", config=SWITCHES)
     launch = LaunchConfig(**picked(LaunchConfig, flags))
+    if launch.fast and hasattr(module, "RUNS"):
+        raise ConfigError(f"{file} has no fast version: it defines RUNS; --fast needs a function `runs(fast)`")
     changes = {path: value_at(flags, path) for path in given_paths(rest)}
     changes |= {"seed": launch.seed} if launch.seed is not None else {}
     runs = tuple(changed(r, changes) for r in found)

@@ -312,3 +312,12 @@ def test_names_with_commas_between():
     assert names_in("b,a", {"a": 1, "b": 2}) == ["b", "a"]
     with pytest.raises(ConfigError, match="unknown name 'scrach' in 'lm,scrach'; did you mean 'scratch'"):
         names_in("lm,scrach", ("lm", "scratch"))
+
+
+def test_a_stage_may_be_the_only_data_and_have_a_share(tmp_path):
+    (tmp_path / "pairs.jsonl").write_text("{}\n")
+    alone = ex.canonical_data(ComparisonData(("gen",)), {"gen": "0123456789"}, tmp_path)
+    assert alone["sources"] == ["0123456789"] and alone["files"] == []
+    mixed = ComparisonData(("gen", "pairs.jsonl"), shares=(0.5, 0.5))
+    found = ex.canonical_data(mixed, {"gen": "0123456789"}, tmp_path)
+    assert found["files"] == [identity.file_digest(tmp_path / "pairs.jsonl")]

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from hhjax.experiment import place
+from hhjax.fields import ConfigError
 from hhjax.flags import parse
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -66,6 +67,10 @@ def test_an_experiment_opens_with_what_a_reader_must_know(path):
 @pytest.mark.parametrize("fast", [[], ["--fast"]], ids=["full", "fast"])
 @pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
 def test_the_stages_of_an_experiment_have_their_places(path, fast, hh_data, tmp_path):
+    if fast and not re.search(r"^def runs\(fast", path.read_text(), re.MULTILINE):
+        with pytest.raises(ConfigError, match="has no fast version"):
+            parse([str(path), *fast], "hhjax run")
+        return
     command, _ = parse([str(path), *fast], "hhjax run")
     for run in command.runs:
         placed = place(run, tmp_path, hh_data)

@@ -157,7 +157,7 @@ def resume(stage: Training, ctx: StageContext, model: Model, optimizer, sharding
         if jax.process_index() == 0:
             write_event(ctx.dir, "restore", **found[1])
         return found
-    if steps := checkpoint.good_steps(ctx.dir):
+    if steps := checkpoint.good_steps(checkpoint.checkpoints_dir(ctx.dir)):
         raise ConfigError(f"{ctx.dir} has checkpoints {steps}, and none can be read; the reasons are in events.jsonl: "
                           f"mend them, or move the folder away to start anew")  # fmt: skip
     if load_parent:

@@ -15,6 +15,7 @@ from safetensors.numpy import load_file
 from hhjax.data.comparisons import ComparisonData
 from hhjax.data.sources import TextData
 from hhjax.experiment import LM, PM, Diverged, Preempted, StageContext
+from hhjax.fields import ConfigError
 from hhjax.io import checkpoint
 from hhjax.io.huggingface import load_folder
 from hhjax.io.metrics import TIMING, read_events, read_rows
@@ -142,6 +143,20 @@ def test_a_damaged_checkpoint_costs_only_its_own_steps(uninterrupted, tiny_data,
     events = {e["event"]: e for e in read_events(tmp_path)}
     assert events["damaged"]["step"] == 8 and events["restore"]["step"] == 6
     assert_same_run(tmp_path, uninterrupted)
+
+
+def test_a_run_none_of_whose_checkpoints_can_be_read_is_not_started_anew(tiny_data, tiny_tokenizer, tmp_path, monkeypatch):
+    with pytest.raises(Preempted):
+        train(make_pm(tiny_tokenizer), tmp_path, tiny_data, stop_after=4)
+    before = read_rows(tmp_path / "metrics.jsonl")
+
+    def out_of_memory(*args):
+        raise checkpoint.DamagedCheckpoint("step 4: RESOURCE_EXHAUSTED")
+
+    monkeypatch.setattr(checkpoint, "read_part", out_of_memory)
+    with pytest.raises(ConfigError, match=r"checkpoints \[.*4\], and none can be read"):
+        train(make_pm(tiny_tokenizer), tmp_path, tiny_data)
+    assert before and read_rows(tmp_path / "metrics.jsonl") == before
 
 
 def test_a_loss_that_is_not_finite_stops_and_is_never_saved(tiny_data, tiny_tokenizer, tmp_path):
