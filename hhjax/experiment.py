@@ -24,11 +24,15 @@ from hhjax.data.comparisons import ComparisonData
 from hhjax.data.sources import TextData, data_files
 from hhjax.fields import ConfigError, conform, hinted_fields, nearest
 from hhjax.identity import canonical, digest, file_digest, folder_digest, identity_fields
+from hhjax.model.generate import Sampling
 from hhjax.model.sizes import model_config
 from hhjax.model.transformer import RunConfig
 from hhjax.objectives.lm import LMLoss, lm_objective
+from hhjax.objectives.kl import KLConfig
+from hhjax.objectives.ppo import PPOLoss, ppo_objective
 from hhjax.objectives.preference import PreferenceLoss, preference_objective
 from hhjax.sharding import MeshConfig
+from hhjax.train.rollout import RolloutConfig
 from hhjax.train.state import OptimConfig
 
 DEFAULT_SIZE = "1M"
@@ -93,7 +97,7 @@ class Training(Stage):
     updates (eval_every and save_every 0: only at the end), watchdog_s kills a step that hangs (0: never).
     """
 
-    init: str | None = reference("lm", "pm", default=None)
+    init: str | None = reference("lm", "pm", "ppo", default=None)
     tokenizer: str | None = reference("tokenizer", default=None)
     model: str | None = None  # a row of model/sizes.py, where nothing is given by `init`
     seq_len: int = 256
@@ -159,6 +163,126 @@ class Evaluate(Stage):
     baselines: bool = True
     batch_size: int = execution(64)
     mesh: MeshConfig = execution(MeshConfig())
+
+
+@dataclass(frozen=True, kw_only=True)
+class PPO(Stage):
+    """A policy steered by a preference model, with a KL penalty to where it began (Bai et al. 2022, section 4.1).
+
+    policy: the model that is trained; kl_to: the reference of the KL (default: the policy at its start). reward: the PM;
+    tests: PMs that are only looked at. value: what the value network starts from (default: the reward PM), or
+    value_head=True: a head on the policy's trunk instead. data: where prompts come from, training and held-out ones.
+    batch_size samples an iteration, one a prompt; steps iterations; epochs and minibatches of each (the paper: K = 1 for
+    a static scan, 2 for robustness, 4 online). objective: (Actor, loss config) -> LossFn over Rollout.
+    eval_every: iterations between looks at eval_prompts held-out prompts (0: first and last). rollout_mesh: the layout of
+    sampling, where it is not the layout of training.
+    """
+
+    kind: ClassVar[str] = "ppo"
+    policy: str = reference("lm", "ppo")
+    reward: str = reference("pm")
+    kl_to: str | None = reference("lm", "ppo", default=None)
+    tests: tuple[str, ...] = reference("pm", default=())
+    value: str | None = reference("pm", "lm", default=None)
+    value_head: bool = False
+    data: ComparisonData = ComparisonData()
+    prompt_len: int = 128
+    sampling: Sampling = Sampling()
+    batch_size: int = 64
+    steps: int = 200
+    epochs: int = 1
+    minibatches: int = 1
+    kl: KLConfig = KLConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    objective: Callable = ppo_objective
+    loss: Any = PPOLoss()  # whatever frozen dataclass the objective takes
+    optim: OptimConfig = OptimConfig(lr=1e-4, warmup_steps=10)
+    value_optim: OptimConfig = OptimConfig(lr=3e-4, warmup_steps=10)
+    seed: int | None = execution(None)
+    micro_batches: int = execution(1)
+    mesh: MeshConfig = execution(MeshConfig())
+    rollout_mesh: MeshConfig | None = execution(None)
+    run: RunConfig = RunConfig()
+    log_every: int = execution(1)
+    eval_every: int = execution(0)
+    eval_prompts: int = execution(64)
+    save_every: int = execution(50)
+    keep: int = execution(2)
+    watchdog_s: float = execution(1800.0)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.value and self.value_head:
+            raise ConfigError(f"{self.name}.value={self.value!r} has no effect beside value_head=True; leave one out")
+        if self.sampling.top_k or self.sampling.top_p < 1 or not self.sampling.temperature:
+            raise ConfigError(f"{self.name}.sampling={self.sampling}: PPO needs the probability of what was drawn; "
+                              f"use top_k=0, top_p=1 and a positive temperature")  # fmt: skip
+        for name in ("prompt_len", "batch_size", "steps", "epochs", "minibatches", "micro_batches", "log_every", "keep", "eval_prompts"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{self.name}.{name}={getattr(self, name)}; it must be at least 1")
+        if self.batch_size % (self.minibatches * self.micro_batches):
+            raise ConfigError(f"{self.name}.batch_size={self.batch_size} does not divide into {self.minibatches} "
+                              f"minibatches of {self.micro_batches} parts; choose a multiple of their product")  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class BestOfN(Stage):
+    """Rejection sampling: the best of n replies by a PM, for every n in `ns` (Bai et al. 2022, section 4.5, appendix B.6).
+
+    max(ns) replies to each of `prompts` held-out prompts are drawn from `policy` and scored by reward and tests.
+    """
+
+    kind: ClassVar[str] = "best_of_n"
+    policy: str = reference("lm", "ppo")
+    reward: str = reference("pm")
+    tests: tuple[str, ...] = reference("pm", default=())
+    ns: tuple[int, ...] = (1, 4, 16, 64)
+    prompts: int = 64
+    data: ComparisonData = ComparisonData()
+    prompt_len: int = 128
+    sampling: Sampling = Sampling()
+    batch_size: int = execution(64)
+    mesh: MeshConfig = execution(MeshConfig())
+    run: RunConfig = RunConfig()
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not self.ns or min(self.ns) < 1 or self.prompts < 1 or self.prompt_len < 1 or self.batch_size < 1:
+            raise ConfigError(f"{self.name}: ns={self.ns}, prompts={self.prompts}, prompt_len={self.prompt_len} and "
+                              f"batch_size={self.batch_size} must be at least 1")  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparisons(Stage):
+    """Fresh comparisons for an online round: pairs of replies by `policies`, labelled by a PM in the place of people.
+
+    Each of `prompts` training prompts gets two replies, by policies drawn at random (several snapshots at once, as in
+    Bai et al. 2022, section 4.5); the label is drawn with probability sigmoid(difference / noise); at noise 0 the
+    better one always wins. Equal replies are left out. Writes comparisons.jsonl.gz, which a PM stage takes as a source.
+    best_of: each reply is the best of so many by the PM `ranker` (rejection sampling).
+    """
+
+    kind: ClassVar[str] = "comparisons"
+    policies: tuple[str, ...] = reference("lm", "ppo")
+    labeler: str = reference("pm")
+    ranker: str | None = reference("pm", default=None)
+    best_of: int = 1
+    noise: float = 1.0
+    prompts: int = 512
+    data: ComparisonData = ComparisonData()
+    prompt_len: int = 128
+    sampling: Sampling = Sampling()
+    batch_size: int = execution(64)
+    mesh: MeshConfig = execution(MeshConfig())
+    run: RunConfig = RunConfig()
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not self.policies or self.best_of < 1 or self.noise < 0 or self.prompts < 1:
+            raise ConfigError(f"{self.name}: name at least one policy; best_of={self.best_of} and prompts={self.prompts} "
+                              f"must be at least 1, noise={self.noise} at least 0")  # fmt: skip
+        if (self.best_of > 1) != bool(self.ranker):
+            raise ConfigError(f"{self.name}: best_of={self.best_of} and ranker={self.ranker!r} need each other")
 
 
 @dataclass(frozen=True, kw_only=True)

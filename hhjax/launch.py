@@ -30,6 +30,9 @@ LOOPS = {  # a stage's kind -> module:function, called as function(stage, contex
     "tokenizer": "hhjax.loops.supervised:run_tokenizer",
     "lm": "hhjax.loops.supervised:run",
     "pm": "hhjax.loops.supervised:run",
+    "ppo": "hhjax.loops.rlhf:run",
+    "best_of_n": "hhjax.loops.sampling:run_best_of_n",
+    "comparisons": "hhjax.loops.sampling:run_comparisons",
     "evaluate": "hhjax.loops.evaluate:run",
     "report": "hhjax.loops.report:run",
 }

@@ -58,3 +58,45 @@ class Model(NamedTuple):
     score: Callable
     axes: Callable
     init_cache: Callable
+
+
+class Vocabulary(NamedTuple):
+    """The special ids of a tokenizer and its number of rows; a model may have more, which are never sampled."""
+
+    pad: int
+    eot: int
+    eoc: int
+    size: int
+
+
+class Samples(NamedTuple):
+    """Replies to a batch of prompts.
+
+    rows: Tokens [B, P + R], each prompt followed by its reply, <eot> included where it was sampled.
+    logp, entropy: [B, R] f32 nats of the distribution that reply token t was drawn from, 0 past the reply.
+    stopped: [B] bool, whether the reply ended in <eot> within R tokens.
+    """
+
+    rows: Tokens
+    logp: Array
+    entropy: Array
+    stopped: Array
+
+
+class Rollout(NamedTuple):
+    """What a PPO update sees of its samples, frozen before the first step. All but rows: [B, R], by reply token.
+
+    logp, ref_logp: nats, of the policy that sampled and of the reference. values: of the state before each token.
+    advantages: whitened; returns: what the value network is to learn. mask: which tokens are real.
+    """
+
+    rows: Tokens
+    mask: Array
+    logp: Array
+    ref_logp: Array
+    values: Array
+    advantages: Array
+    returns: Array
+
+
+Actor = Callable[[Params, Tokens], tuple[Array, Array, Array]]  # -> logp, values, entropy of the reply tokens, [B, R]

@@ -54,6 +54,7 @@ class Source(ABC):
     size: int  # rows
     batch_size: int  # of all hosts together
     lengths: np.ndarray  # [size], what a row is sorted and padded by
+    window: int = WINDOW
     _last: tuple = (None, None)
 
     @abstractmethod
@@ -85,7 +86,7 @@ class Source(ABC):
         # The rows that fill no batch are cut off while the order is random: no length is favoured.
         rng = np.random.Generator(np.random.Philox(key=[seed, epoch]))
         order = rng.permutation(self.size)[: self.steps_per_epoch * self.batch_size]
-        window = WINDOW * self.batch_size
+        window = self.window * self.batch_size
         by_length = [part[np.argsort(self.lengths[part], kind="stable")]
                      for part in np.split(order, range(window, len(order), window))]
         return rng.permutation(np.concatenate(by_length).reshape(-1, self.batch_size))
@@ -147,6 +148,35 @@ class PairSource(Source):
             tokens[at, : prompt_len[at]] = prompt
             tokens[at, prompt_len[at] : length[at]] = reply
         return Tokens(tokens, prompt_len, length)
+
+
+class PromptSource(Source):
+    """Distinct prompts to sample replies to, each ending in the open Assistant header; batches are Tokens [B, width].
+
+    A prompt over `width` loses tokens from its left (`truncated` counts them). All batches have one width and no row is
+    sorted by length: a batch of short prompts alone would make one rollout unlike the next. `prompts` are the texts.
+    """
+
+    window = 1
+
+    def __init__(self, prompts: Iterable[str], tok: Tokenizer, width: int, batch_size: int):
+        self.prompts, encoder = tuple(dict.fromkeys(prompts)), _Encoder(tok)
+        encoder.learn(part for prompt in self.prompts for part in _all_parts(parse_transcript(prompt)))
+        whole = [encoder.prompt(prompt) for prompt in self.prompts]
+        if not whole:
+            raise DataError("no prompts to sample replies to: name comparisons that have some")
+        if width < len(encoder[OPEN_REPLY]):
+            raise DataError(f"prompts of {width} tokens hold not even {OPEN_REPLY!r}: use a larger width")
+        self._rows, self.truncated = [row[-width:] for row in whole], sum(len(row) > width for row in whole)
+        self.size, self.batch_size, self.width, self.pad_id = len(whole), batch_size, width, tok.pad_id
+        self.lengths = np.array([len(row) for row in self._rows], np.int32)
+
+    def take(self, rows: np.ndarray, width_of: np.ndarray | None = None) -> Tokens:
+        """Tokens of [len(rows), width] numpy arrays; the whole row is prompt."""
+        tokens = np.full((len(rows), self.width), self.pad_id, np.int32)
+        for at, row in enumerate(rows):
+            tokens[at, : len(self._rows[row])] = self._rows[row]
+        return Tokens(tokens, self.lengths[rows], self.lengths[rows])
 
 
 class LMSource(Source):

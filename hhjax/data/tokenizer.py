@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from hhjax.data.records import DataError
+from hhjax.types import Vocabulary
 
 PAD, EOT, EOC = "<pad>", "<eot>", "<eoc>"  # ids 0, 1, 2 of a trained model
 MODEL_FILE, JSON_FILE, CONFIG_FILE = "tokenizer.model", "tokenizer.json", "tokenizer_config.json"
@@ -35,6 +36,11 @@ class Tokenizer:
     encode_batch: Callable[[Sequence[str]], list[list[int]]]  # texts -> ids, without special ones
     decode_plain: Callable[[list[int]], str]  # ids without special ones -> text
     files: dict[str, bytes]
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """The special ids and the size, as sampling needs them."""
+        return Vocabulary(self.pad_id, self.eot_id, self.eoc_id, self.vocab_size)
 
     def encode(self, text: str) -> list[int]:
         """The ids of a text, without special ones."""

@@ -13,7 +13,8 @@ from pathlib import Path
 
 from hhjax.io.files import write_atomically
 
-TIMING = ("seconds", "tokens_per_s", "flops_per_s", "share_of_ceiling")  # may differ between equal runs
+TIMING = ("seconds", "tokens_per_s", "flops_per_s", "share_of_ceiling", "memory_gib", "samples_per_s",
+          *(f"{phase}_{unit}" for phase in ("generate", "score", "train") for unit in ("s", "tokens_per_s")))  # may differ between equal runs
 
 
 class MetricsWriter:
@@ -172,7 +173,7 @@ class NullConsole:
 def console_line(name: str, total: int, row: dict, eta_s: float | None, saved: int | None) -> str:
     """`pm 120/1000 | loss 0.6512 | accuracy 0.612 | 4.2k tok/s | 31% of ceiling | ETA 3:10 | saved 100`."""
     parts = [f"{name} {row['step']}/{total}"]
-    parts += [f"{n} {row[n]:.4g}" for n in ("loss", "accuracy", "token_accuracy") if row.get(n) is not None]
+    parts += [f"{n} {row[n]:.4g}" for n in ("loss", "accuracy", "token_accuracy", "score", "sqrt_kl") if row.get(n) is not None]
     if row.get("tokens_per_s"):
         parts.append(f"{thousands(row['tokens_per_s'])} tok/s")
     if row.get("share_of_ceiling"):

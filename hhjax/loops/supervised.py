@@ -148,8 +148,24 @@ def resume(stage: Training, ctx: StageContext, model: Model, optimizer, sharding
     init_key, run_key = jax.random.split(jax.random.key(ctx.seed))
     like = jax.eval_shape(lambda k: init_state(model.init(k), optimizer, k), init_key)
 
+    if found := restore_newest(ctx, stage.name, like, shardings):
+        return found
+    if load_parent:
+        params = load_parent(like.params, shardings.params)
+    else:
+        params = jax.jit(model.init, out_shardings=shardings.params)(init_key)
+    start = jax.jit(lambda p, k: init_state(p, optimizer, k), out_shardings=shardings, donate_argnums=0)
+    return start(params, run_key), {"step": 0, "tokens": 0}
+
+
+def restore_newest(ctx: StageContext, name: str, like, shardings):
+    """The newest good state and its position, or None where no checkpoint was begun; both are told in events.jsonl.
+
+    Raises ConfigError where there are checkpoints and none can be read: starting anew would bury them.
+    """
+
     def damaged(step, reason):
-        print(f"{stage.name}: checkpoint passed over: {reason}", file=sys.stderr)
+        print(f"{name}: checkpoint passed over: {reason}", file=sys.stderr)
         if jax.process_index() == 0:
             write_event(ctx.dir, "damaged", step=step, reason=reason)
 
@@ -160,12 +176,7 @@ def resume(stage: Training, ctx: StageContext, model: Model, optimizer, sharding
     if steps := checkpoint.good_steps(checkpoint.checkpoints_dir(ctx.dir)):
         raise ConfigError(f"{ctx.dir} has checkpoints {steps}, and none can be read; the reasons are in events.jsonl: "
                           f"mend them, or move the folder away to start anew")  # fmt: skip
-    if load_parent:
-        params = load_parent(like.params, shardings.params)
-    else:
-        params = jax.jit(model.init, out_shardings=shardings.params)(init_key)
-    start = jax.jit(lambda p, k: init_state(p, optimizer, k), out_shardings=shardings, donate_argnums=0)
-    return start(params, run_key), {"step": 0, "tokens": 0}
+    return None
 
 
 def describe_folder(folder: Path, config: ModelConfig, tokenizer, source, seed: int) -> None:

@@ -1,5 +1,6 @@
 """What a training run carries from step to step, and the optimisers that move it."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -20,13 +21,35 @@ class TrainState(NamedTuple):
     key: Key
 
 
+class PolicyState(NamedTuple):
+    """The TrainState of PPO as it is saved: `params` is the policy alone, so that children read it like any model's."""
+
+    step: Array
+    params: Params
+    value: Params
+    opt_state: optax.OptState
+    key: Key
+
+
+def split_policy(state: TrainState) -> PolicyState:
+    """value is {} where the policy's own trunk has the value head."""
+    params = state.params
+    return PolicyState(state.step, params["policy"], params.get("value", {}), state.opt_state, state.key)
+
+
+def join_policy(saved: PolicyState) -> TrainState:
+    params = {"policy": saved.params} | ({"value": saved.value} if saved.value else {})
+    return TrainState(saved.step, params, saved.opt_state, saved.key)
+
+
 @dataclass(frozen=True)
 class OptimConfig:
     """AdamW with global-norm clipping.
 
     The paper gives rates only relative to pretraining (PM 0.01x, PPO 0.01x: sections 3.1, 4.1) and neither Adam's
     constants nor clipping; these are common values. schedule: "constant" (the paper's PM rule), "linear" or
-    "cosine" to zero over the run, after a linear warmup.
+    "cosine" to zero over the run, after a linear warmup. score_lr: the score head's rate over `lr`; a head that
+    starts at zero and learns at the trunk's rate moves a narrow model's scores too little in one epoch of few pairs.
     """
 
     lr: float = 1e-3
@@ -37,6 +60,7 @@ class OptimConfig:
     eps: float = 1e-8
     weight_decay: float = 0.0
     clip_norm: float = 1.0
+    score_lr: float = 1.0
 
 
 def learning_rate(cfg: OptimConfig, total_steps: int) -> optax.Schedule:
@@ -62,7 +86,30 @@ def make_optimizer(cfg: OptimConfig, total_steps: int) -> optax.GradientTransfor
     adam = optax.adamw(
         learning_rate(cfg, total_steps), b1=cfg.b1, b2=cfg.b2, eps=cfg.eps, weight_decay=cfg.weight_decay, mask=decayed
     )
-    return optax.chain(clip, adam)
+    if cfg.score_lr == 1:
+        return optax.chain(clip, adam)
+    faster = lambda updates, _: updates | {"score": cfg.score_lr * updates["score"]}  # noqa: E731
+    return optax.chain(clip, adam, optax.stateless(faster))
+
+
+class PartsOptimizer(NamedTuple):
+    """An optax transformation of a dict of parameter trees, each part with an optimiser of its own."""
+
+    init: Callable
+    update: Callable
+    parts: dict[str, optax.GradientTransformation]
+
+
+def make_parts_optimizer(configs: dict[str, OptimConfig], total_steps: int) -> PartsOptimizer:
+    """Each part clipped and moved by its own config. (optax.partition does the same, but its masked states have no
+    shardings that follow from the parameters'.)"""
+    parts = {name: make_optimizer(cfg, total_steps) for name, cfg in configs.items()}
+
+    def update(grads, state, params):
+        moved = {name: part.update(grads[name], state[name], params[name]) for name, part in parts.items()}
+        return {name: updates for name, (updates, _) in moved.items()}, {name: new for name, (_, new) in moved.items()}
+
+    return PartsOptimizer(lambda params: {name: part.init(params[name]) for name, part in parts.items()}, update, parts)
 
 
 def decayed(params: Params):
@@ -78,8 +125,12 @@ def init_state(params: Params, optimizer: optax.GradientTransformation, key: Key
 def state_shardings(optimizer, params_shapes, params_shardings, mesh) -> TrainState:
     """Shardings for a whole TrainState: moments live where their parameter does, the rest on every device."""
     whole = replicated(mesh)
-    opt_shapes = jax.eval_shape(optimizer.init, params_shapes)
-    opt_shardings = optax.tree_utils.tree_map_params(
-        optimizer, lambda _, s: s, opt_shapes, params_shardings, transform_non_params=lambda _: whole
-    )
-    return TrainState(whole, params_shardings, opt_shardings, whole)
+
+    def moments(optimizer, shapes, shardings):
+        if isinstance(optimizer, PartsOptimizer):
+            return {name: moments(part, shapes[name], shardings[name]) for name, part in optimizer.parts.items()}
+        return optax.tree_utils.tree_map_params(
+            optimizer, lambda _, s: s, jax.eval_shape(optimizer.init, shapes), shardings, transform_non_params=lambda _: whole
+        )
+
+    return TrainState(whole, params_shardings, moments(optimizer, params_shapes, params_shardings), whole)

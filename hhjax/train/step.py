@@ -8,9 +8,13 @@ from hhjax.sharding import batch_sharding, replicated
 from hhjax.train.state import TrainState
 from hhjax.types import Batch, LossFn
 
+SHUFFLES = 2**32 - 1  # a child of the run's key that no step draws
 
-def make_train_step(loss: LossFn, optimizer: optax.GradientTransformation, micro_batches: int = 1):
+
+def make_train_step(loss: LossFn, optimizer: optax.GradientTransformation, micro_batches: int = 1, parts=()):
     """One update: params <- params - optimizer(grad of loss).
+
+    parts: top-level names of the parameters whose gradient norms are logged apart, beside the whole.
 
     With micro_batches > 1 the batch is cut along its leading axis and the gradients are
     combined by each part's `weight`, which gives the gradient of the whole batch's mean
@@ -26,14 +30,45 @@ def make_train_step(loss: LossFn, optimizer: optax.GradientTransformation, micro
             value, metrics, grads = accumulate(grad_fn, state.params, batch, key, micro_batches)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        metrics = metrics | {"loss": value, "grad_norm": optax.tree.norm(grads)}
+        norms = {f"grad_norm_{part}": optax.tree.norm(grads[part]) for part in parts}
+        metrics = metrics | {"loss": value, "grad_norm": optax.tree.norm(grads)} | norms
         return TrainState(state.step + 1, params, opt_state, state.key), metrics
 
     return train_step
 
 
+def make_ppo_update(train_step, epochs: int, minibatches: int):
+    """All epochs and shuffled minibatches of one rollout: (state, Rollout) -> (state, metrics), to be jitted whole.
+
+    Each epoch is a permutation of the rows by the state's key and step, cut into equal minibatches. Metrics are means
+    over the minibatches, those in _max maxima; first_log_ratio_max is the first minibatch's, 0 but for rounding.
+    Raises ValueError where the rows do not divide.
+    """
+
+    def update(state: TrainState, rollout):
+        rows = rollout.mask.shape[0]
+        if rows % minibatches:
+            raise ValueError(f"{rows} samples do not divide into {minibatches} minibatches; choose a divisor")
+        if epochs * minibatches == 1:
+            state, metrics = train_step(state, rollout)
+            return state, metrics | {"first_log_ratio_max": metrics["log_ratio_max"]}
+        keys = jax.random.split(jax.random.fold_in(jax.random.fold_in(state.key, SHUFFLES), state.step), epochs)
+        order = jax.vmap(jax.random.permutation, (0, None))(keys, rows).reshape(epochs * minibatches, -1)
+        take = lambda index: jax.tree.map(lambda x: x[index], rollout)  # noqa: E731
+        state, metrics = jax.lax.scan(lambda s, index: train_step(s, take(index)), state, order)
+        first = metrics["log_ratio_max"][0]
+        return state, {n: combine(n)(x) for n, x in metrics.items()} | {"first_log_ratio_max": first}
+
+    return update
+
+
+def combine(name: str):
+    """How a metric of several parts becomes one: by its mean, or by its maximum where the name says so."""
+    return jnp.max if name.endswith("_max") else jnp.mean
+
+
 def accumulate(grad_fn, params, batch: Batch, key, parts: int):
-    """Weighted mean of loss, metrics and gradients over `parts` slices of the batch, one at a time."""
+    """Weighted mean of loss, metrics (maximum of those in _max) and gradients over `parts` slices, one at a time."""
 
     def cut(x):
         if x.shape[0] % parts:
@@ -44,17 +79,22 @@ def accumulate(grad_fn, params, batch: Batch, key, parts: int):
     def one(sums, part):
         index, rows = part
         (value, metrics), grads = grad_fn(params, rows, jax.random.fold_in(key, index))
-        weight = metrics.pop("weight")
-        add = jax.tree.map(lambda s, x: s + weight * x, sums[1:], (value, metrics, grads))
-        return (sums[0] + weight, *add), None
+        weight, tops = metrics.pop("weight"), pop_maxima(metrics)
+        add = jax.tree.map(lambda s, x: s + weight * x, sums[2:], (value, metrics, grads))
+        return (sums[0] + weight, jax.tree.map(jnp.maximum, sums[1], tops), *add), None
 
     slices = (jnp.arange(parts), jax.tree.map(cut, batch))
     shapes = jax.eval_shape(grad_fn, params, jax.tree.map(lambda x: x[0], slices[1]), key)
     (value, metrics), grads = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-    total = metrics.pop("weight")
-    (total, value, metrics, grads), _ = jax.lax.scan(one, (total, value, metrics, grads), slices)
+    total, tops = metrics.pop("weight"), jax.tree.map(lambda x: x - jnp.inf, pop_maxima(metrics))
+    (total, tops, value, metrics, grads), _ = jax.lax.scan(one, (total, tops, value, metrics, grads), slices)
     value, metrics, grads = jax.tree.map(lambda s: s / jnp.maximum(total, 1e-9), (value, metrics, grads))
-    return value, metrics | {"weight": total}, grads
+    return value, metrics | tops | {"weight": total}, grads
+
+
+def pop_maxima(metrics: dict) -> dict:
+    """Takes the metrics in _max out of the dict."""
+    return {name: metrics.pop(name) for name in [n for n in metrics if n.endswith("_max")]}
 
 
 def shard_step(step, state_shardings: TrainState, mesh):

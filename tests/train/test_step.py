@@ -159,3 +159,16 @@ def test_weight_decay_spares_norms_biases_and_the_score_head():
     for name in ("score", "final_norm_scale", "final_norm_bias"):
         np.testing.assert_array_equal(updates[name], 0)
     assert all(jnp.all(updates["blocks"][k] == 0) for k in params["blocks"] if k.endswith(("scale", "bias")))
+
+
+def test_the_score_head_may_learn_faster():
+    """Its update, and no other, is multiplied."""
+    params = make_model(CFG).init(jax.random.key(0))
+    grads = jax.tree.map(jnp.ones_like, params)
+    updates = []
+    for scale in (1.0, 10.0):
+        optimizer = make_optimizer(OptimConfig(lr=0.1, score_lr=scale), 1)
+        updates.append(optimizer.update(grads, optimizer.init(params), params)[0])
+    plain, faster = updates
+    np.testing.assert_allclose(faster.pop("score"), 10 * plain.pop("score"), rtol=1e-6)
+    jax.tree.map(np.testing.assert_array_equal, plain, faster)

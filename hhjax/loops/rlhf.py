@@ -1,0 +1,321 @@
+"""The loop of PPO: prompts -> samples -> scores -> update, over and over. All that an iteration draws is a pure function
+of (seed, iteration), so a killed run begins its unfinished iteration anew and goes on bit for bit."""
+
+import contextlib
+import json
+import resource
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from hhjax import roofline
+from hhjax.data.stream import Host, PromptSource
+from hhjax.data.tokenizer import Tokenizer
+from hhjax.evals.replies import repeated_ngram_share
+from hhjax.experiment import PPO, Preempted, StageContext
+from hhjax.io import checkpoint
+from hhjax.io.files import write_atomically
+from hhjax.io.metrics import write_event
+from hhjax.loops.progress import Progress
+from hhjax.loops.sampling import (EVALUATION, Loaded, even_rows, fetch, frozen, load_all, load_prompts, make_judge, make_sample,
+                                  put_prompts, reply_texts, row_batches, write_samples)  # fmt: skip
+from hhjax.loops.supervised import compute_dtype, is_due, rearm_watchdog, restore_newest, watchdog
+from hhjax.model.transformer import config_to_json, make_model
+from hhjax.objectives.kl import adapt_beta
+from hhjax.sharding import batch_host, batch_sharding, check_batch, make_mesh, param_shardings, put_batch, replicated
+from hhjax.train.rollout import Judges, make_actor, make_exact_kl, make_score
+from hhjax.train.state import TrainState, init_state, join_policy, make_parts_optimizer, split_policy, state_shardings
+from hhjax.train.step import make_ppo_update, make_train_step
+
+SAMPLING = 2**32 - 2  # the child of the run's key that replies are drawn with
+
+
+class Setup(NamedTuple):
+    """What does not change in a run. models: by role; frozen: parameters of the reference, the reward and the tests."""
+
+    stage: PPO
+    ctx: StageContext
+    mesh: object
+    rollout_mesh: object
+    models: dict
+    frozen: dict
+    tok: Tokenizer
+    prompts: PromptSource
+    held_out: PromptSource
+
+
+class Phases(NamedTuple):
+    """The compiled parts of an iteration, and of a look at held-out prompts.
+
+    spread(policy params) -> them on the rollout mesh; sample(params, prompts, row_ids, key) -> Samples there;
+    gather(samples) -> them on the training mesh; score(...) and exact_kl(...): see train/rollout.py;
+    update(state, rollout) -> (state, metrics), the state donated.
+    """
+
+    spread: Callable
+    sample: Callable
+    gather: Callable
+    score: Callable
+    update: Callable
+    exact_kl: Callable
+
+
+@dataclass
+class Seconds:
+    """Wall seconds of the phases of an iteration; each is waited for."""
+
+    generate: float = 0.0
+    score: float = 0.0
+    train: float = 0.0
+
+    @contextlib.contextmanager
+    def phase(self, name: str):
+        began = time.perf_counter()
+        yield
+        setattr(self, name, time.perf_counter() - began)
+
+
+def run(stage: PPO, ctx: StageContext) -> None:
+    """Trains a policy to its last iteration, from its newest good checkpoint or from the start.
+
+    Raises DataError on prompts that fill no batch, Diverged on a loss that is not finite, and Preempted once it
+    was told to stop and has saved.
+    """
+    mesh = make_mesh(stage.mesh)
+    rollout_mesh = make_mesh(stage.rollout_mesh) if stage.rollout_mesh else mesh
+    check_batch(stage.batch_size // (stage.minibatches * stage.micro_batches), mesh)
+    check_batch(stage.batch_size, rollout_mesh)
+    found = load_all(roles(stage), ctx, mesh, stage.run)
+    tok = found["policy"].tokenizer
+    prompts, held_out = (load_prompts(stage.data, split, ctx, tok, stage.prompt_len, stage.batch_size) for split in ("train", "test"))
+    if jax.process_index() == 0:
+        describe_folder(ctx, found["policy"], prompts, held_out)
+    state, shardings, position = starting_state(stage, ctx, found, mesh)
+    models = {name: loaded.model for name, loaded in found.items()}
+    params = {"reference": frozen(found["kl_to"], stage.run), "reward": frozen(found["reward"], stage.run),
+              "tests": {ref: frozen(found[f"tests.{ref}"], stage.run) for ref in stage.tests}}  # fmt: skip
+    del found
+    setup = Setup(stage, ctx, mesh, rollout_mesh, models, params, tok, prompts, held_out)
+    if "offsets" not in position:
+        position |= {"offsets": mean_scores(setup, state), "beta": stage.kl.beta}
+        if jax.process_index() == 0:
+            write_event(ctx.dir, "offsets", **position["offsets"])
+    train(setup, state, shardings, position)
+
+
+def train(setup: Setup, state: TrainState, shardings: TrainState, position: dict) -> None:
+    """Iterations from position["step"] to the last, with their rows, looks and checkpoints."""
+    stage, ctx = setup.stage, setup.ctx
+    phases = make_phases(setup, shardings, position["offsets"])
+    progress = Progress(ctx, stage.name, position["step"], stage.steps, position["tokens"],
+                        roofline.ceiling(compute_dtype(stage.run)))  # fmt: skip
+    saver = checkpoint.CheckpointWriter(ctx.dir, stage.keep, on_saved=progress.saved)
+    beta = position["beta"]
+    with contextlib.closing(progress), contextlib.closing(saver), watchdog():
+        if position["step"] == 0:
+            with progress.excluded():
+                progress.evaluation(0, look(setup, phases, state, position["offsets"], 0))
+        for done in range(position["step"] + 1, stage.steps + 1):
+            rearm_watchdog(stage.watchdog_s)
+            seconds = Seconds()
+            state, row, work = iterate(setup, phases, state, position["offsets"], beta, done, seconds)
+            beta = adapt_beta(beta, stage.kl, row["kl_k1"], stage.batch_size)
+            progress.count(*work, timed=done > position["step"] + 1)  # the first one compiles
+            last, stopping = done == stage.steps, ctx.should_stop()
+            evaluating = last or is_due(done, stage.eval_every)
+            saving = last or stopping or is_due(done, stage.save_every)
+            if last or evaluating or saving or is_due(done, stage.log_every):
+                progress.hold(done, row)
+                progress.flush()
+            if evaluating:
+                with progress.excluded():
+                    progress.evaluation(done, look(setup, phases, state, position["offsets"], done))
+            if saving:
+                with progress.excluded():
+                    progress.metrics.sync()
+                    here = {"step": done, "tokens": progress.tokens, "beta": beta, "offsets": position["offsets"]}
+                    saver.save(done, split_policy(state), here)
+            if stopping and not last:
+                saver.wait()
+                progress.event("preempt", step=done)
+                raise Preempted(f"{stage.name} was told to stop: saved at iteration {done} of {stage.steps}")
+
+
+def iterate(setup: Setup, phases: Phases, state: TrainState, offsets: dict, beta: float, done: int, seconds: Seconds):
+    """Iteration `done` (from 1): the new state, its row of metrics, and its (tokens, model FLOPs)."""
+    stage, mesh = setup.stage, setup.mesh
+    key = jax.random.fold_in(sampling_key(setup), done)
+    batch = setup.prompts.batch(setup.ctx.seed, done - 1, Host(*batch_host(setup.rollout_mesh)))
+    index, count = batch_host(setup.rollout_mesh)
+    row_ids = np.split(np.arange(stage.batch_size, dtype=np.int32), count)[index]
+    with seconds.phase("generate"):
+        policy = phases.spread(state.params["policy"])
+        samples = phases.sample(policy, put_batch(batch, setup.rollout_mesh), put_batch(row_ids, setup.rollout_mesh), key)
+        samples = jax.block_until_ready(phases.gather(samples))
+    with seconds.phase("score"):
+        rollout, report = jax.block_until_ready(phases.score(state.params, setup.frozen, samples, offsets, beta))
+    with seconds.phase("train"):
+        state, metrics = jax.block_until_ready(phases.update(state, rollout))
+    rows = fetch(samples.rows, mesh)
+    row = report_row(jax.device_get(report), rows) | {n: float(x) for n, x in jax.device_get(metrics).items() if n != "weight"}
+    tokens, new = int(rows.length.sum()), int((rows.length - rows.prompt_len).sum())
+    rates = {f"{name}_s": s for name, s in vars(seconds).items()}
+    rates |= {"generate_tokens_per_s": new / seconds.generate, "score_tokens_per_s": tokens / seconds.score,
+              "train_tokens_per_s": stage.epochs * tokens / seconds.train,
+              "samples_per_s": stage.batch_size / sum(vars(seconds).values()), "memory_gib": memory_gib()}  # fmt: skip
+    return state, row | {"beta": beta} | rates, (tokens, iteration_flops(setup))
+
+
+def report_row(report: dict, rows) -> dict:
+    """The metrics of a rollout: means, quantiles of the scores, KL in nats per response, repetition."""
+    row = {}
+    for name, x in report.items():
+        x = np.asarray(x, np.float64)
+        if name.startswith(("score", "test/")):
+            row |= {name: x.mean()} | {f"{name}_p{q}": np.quantile(x, q / 100) for q in (10, 50, 90)}
+        elif name in ("k1", "k3"):
+            row[f"kl_{name}"] = x.mean()
+        else:
+            row[{"stopped": "stop_rate"}.get(name, name)] = x.mean()
+    row["sqrt_kl"] = max(row["kl_k1"], 0.0) ** 0.5
+    replies = [ids[p:n].tolist() for ids, p, n in zip(rows.tokens, rows.prompt_len, rows.length)]
+    row["repeated_3grams"] = float(np.mean([repeated_ngram_share(reply) for reply in replies]))
+    return {name: float(x) for name, x in row.items()}
+
+
+def look(setup: Setup, phases: Phases, state: TrainState, offsets: dict, done: int) -> dict:
+    """Replies to the held-out prompts, always with the same noise: their metrics. Writes samples/<iteration>.jsonl."""
+    stage, tok = setup.stage, setup.tok
+    chosen = even_rows(setup.held_out.size, stage.eval_prompts)
+    policy = phases.spread(state.params["policy"])
+    key = jax.random.fold_in(sampling_key(setup), EVALUATION)
+    parts, texts, tokens = [], [], []
+    for places, real in row_batches(len(chosen), stage.batch_size):
+        prompts = put_prompts(setup.held_out, chosen[places], places, setup.rollout_mesh)
+        samples = phases.gather(phases.sample(policy, *prompts, key))
+        _, report = phases.score(state.params, setup.frozen, samples, offsets, 0.0)
+        report = dict(report) | {"kl_exact": phases.exact_kl(state.params["policy"], setup.frozen["reference"], samples.rows)}
+        rows = fetch(samples.rows, setup.mesh)
+        parts.append({n: np.asarray(x)[:real] for n, x in jax.device_get(report).items() if np.ndim(x)})
+        texts += reply_texts(rows, tok)[:real]
+        tokens.append(jax.tree.map(lambda x: x[:real], rows))
+    whole = {name: np.concatenate([p[name] for p in parts]) for name in parts[0]}
+    row = report_row(whole, jax.tree.map(lambda *xs: np.concatenate(xs), *tokens))
+    if jax.process_index() == 0:
+        numbers = ("score", "k1", "length", "stopped", *(f"test/{ref}" for ref in stage.tests))
+        write_samples(setup.ctx.dir, f"{done:06}", [
+            {"row": i, **{n: round(float(whole[n][i]), 4) for n in numbers}, "prompt": setup.held_out.prompts[at], "reply": text}
+            for i, (at, text) in enumerate(zip(chosen, texts))])  # fmt: skip
+    return row
+
+
+# The start ------------------------------------------------------------------------------------------------------------
+
+
+def roles(stage: PPO) -> dict[str, str]:
+    """Role -> reference. A model in two roles is loaded for each, as it is trained in one and frozen in the other."""
+    value = {} if stage.value_head else {"value": stage.value or stage.reward}
+    tests = {f"tests.{ref}": ref for ref in stage.tests}
+    return {"policy": stage.policy, "kl_to": stage.kl_to or stage.policy, "reward": stage.reward} | value | tests
+
+
+def starting_state(stage: PPO, ctx: StageContext, found: dict[str, Loaded], mesh):
+    """The newest good state with its shardings and position, or the parents' parameters and fresh optimisers."""
+    parts = {"policy": stage.optim} | ({} if stage.value_head else {"value": stage.value_optim})
+    optimizer = make_parts_optimizer(parts, stage.steps * stage.epochs * stage.minibatches)
+    params = {name: found[name].params for name in parts}
+    axes = {name: found[name].model.axes() for name in parts}
+    shapes = jax.eval_shape(lambda: params)
+    shardings = state_shardings(optimizer, shapes, {n: param_shardings(axes[n], shapes[n], mesh) for n in parts}, mesh)
+    key = jax.random.split(jax.random.key(ctx.seed))[1]
+    like = jax.eval_shape(lambda p, k: split_policy(init_state(p, optimizer, k)), params, key)
+    if restored := restore_newest(ctx, stage.name, like, split_policy(shardings)):
+        return join_policy(restored[0]), shardings, restored[1]
+    start = jax.jit(lambda p, k: init_state(p, optimizer, k), out_shardings=shardings)
+    return start(params, key), shardings, {"step": 0, "tokens": 0}
+
+
+def make_phases(setup: Setup, shardings: TrainState, offsets: dict) -> Phases:
+    stage, models, mesh, tok = setup.stage, setup.models, setup.mesh, setup.tok
+    vocab, width, heat = tok.vocabulary, stage.sampling.max_new_tokens, stage.sampling.temperature
+    policy = models["policy"]
+    actor = make_actor(policy, models.get("value"), vocab, width, heat, offsets["reward"])
+    judges = Judges(models["kl_to"], models["reward"], {ref: models[f"tests.{ref}"] for ref in stage.tests})
+    recompute = stage.rollout.recompute
+    recompute = compute_dtype(stage.run) != "float32" if recompute is None else recompute
+    score = make_score(actor, judges, vocab, width, stage.rollout, recompute, heat)
+    parts = ("policy",) if stage.value_head else ("policy", "value")
+    sizes = {"policy": stage.optim} | ({} if stage.value_head else {"value": stage.value_optim})
+    optimizer = make_parts_optimizer(sizes, stage.steps * stage.epochs * stage.minibatches)
+    step = make_train_step(stage.objective(actor, stage.loss), optimizer, stage.micro_batches, parts)
+    whole, rows = replicated(mesh), batch_sharding(mesh)
+    spread, gather, sampler = (lambda x: x), (lambda x: x), policy
+    if stage.rollout_mesh:
+        sampler = make_model(policy.config, setup.rollout_mesh, stage.run)
+        shapes = jax.eval_shape(sampler.init, jax.random.key(0))
+        places = param_shardings(sampler.axes(), shapes, setup.rollout_mesh)
+        spread = lambda params: jax.device_put(params, places)  # noqa: E731
+        gather = lambda samples: jax.device_put(samples, rows)  # noqa: E731
+    return Phases(
+        spread=spread,
+        sample=make_sample(sampler, tok, stage.sampling, setup.rollout_mesh),
+        gather=gather,
+        score=jax.jit(score, in_shardings=(shardings.params, None, rows, None, None), out_shardings=(rows, whole)),
+        update=jax.jit(make_ppo_update(step, stage.epochs, stage.minibatches), in_shardings=(shardings, rows),
+                       out_shardings=(shardings, whole), donate_argnums=0),
+        exact_kl=jax.jit(make_exact_kl(policy, models["kl_to"], vocab, width, heat), out_shardings=whole),
+    )  # fmt: skip
+
+
+def mean_scores(setup: Setup, state: TrainState) -> dict:
+    """The mean score that each PM gives the initial policy's replies to the held-out prompts: what later scores are above."""
+    stage, tok = setup.stage, setup.tok
+    sample = make_sample(setup.models["policy"], tok, stage.sampling, setup.mesh)
+    names = {"reward": setup.frozen["reward"]} | {f"tests.{ref}": p for ref, p in setup.frozen["tests"].items()}
+    judges = {name: make_judge(setup.models[name], tok, setup.mesh) for name in names}
+    chosen, key = even_rows(setup.held_out.size, stage.eval_prompts), jax.random.fold_in(sampling_key(setup), EVALUATION)
+    scores = {name: [] for name in names}
+    for places, real in row_batches(len(chosen), stage.batch_size):
+        samples = sample(state.params["policy"], *put_prompts(setup.held_out, chosen[places], places, setup.mesh), key)
+        for name, params in names.items():
+            scores[name].append(np.asarray(judges[name](params, samples))[:real])
+    means = {name: float(np.concatenate(s).mean()) for name, s in scores.items()}
+    return {"reward": means["reward"], "tests": {ref: means[f"tests.{ref}"] for ref in stage.tests}}
+
+
+def describe_folder(ctx: StageContext, policy: Loaded, prompts: PromptSource, held_out: PromptSource) -> None:
+    """model.json and the tokenizer, which make the folder a model; and the prompts' counts."""
+    write_atomically(ctx.dir / "model.json", json.dumps(config_to_json(policy.model.config), indent=1) + "\n")
+    policy.tokenizer.save(ctx.dir)
+    counts = {"rows": prompts.size, "held_out": held_out.size, "truncated": prompts.truncated}
+    write_event(ctx.dir, "data", **counts)
+    print(f"{prompts.size} prompts ({prompts.truncated} truncated), {held_out.size} held out")
+
+
+# Work -----------------------------------------------------------------------------------------------------------------
+
+
+def sampling_key(setup: Setup):
+    return jax.random.fold_in(jax.random.key(setup.ctx.seed), SAMPLING)
+
+
+def iteration_flops(setup: Setup) -> float:
+    """Model FLOPs of an iteration at full length: sampling, one forward of every judge and the value network, and three of
+    policy and value an epoch."""
+    stage, models = setup.stage, setup.models
+    rows, width = stage.batch_size, stage.prompt_len + stage.sampling.max_new_tokens
+    forward = {name: roofline.forward_flops(model.config, rows, width) for name, model in models.items()}
+    logits = {name: roofline.logits_flops(models[name].config, rows * stage.sampling.max_new_tokens) for name in ("policy", "kl_to")}
+    trained = forward["policy"] + logits["policy"] + forward.get("value", 0.0)
+    judged = sum(flops for name, flops in forward.items() if name != "policy") + logits["kl_to"]
+    return forward["policy"] + logits["policy"] + judged + 3 * stage.epochs * trained
+
+
+def memory_gib() -> float:
+    """The most memory used so far: of the first device where it tells, else of this process."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    return stats.get("peak_bytes_in_use", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024) / 2**30

@@ -1,0 +1,129 @@
+"""Rollouts: samples scored by preference models, the reference and the value network, as the frozen batch of an update."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from hhjax.model.generate import before_reply_tokens, policy_logits, reply_logps, reply_tokens
+from hhjax.objectives.advantage import explained_variance, gae, shaped_rewards, whiten
+from hhjax.objectives.kl import kl_k1, kl_k3
+from hhjax.objectives.masked import masked_mean, masked_sum
+from hhjax.objectives.preference import end_scores
+from hhjax.types import Actor, Model, Rollout, Samples, Tokens, Vocabulary
+
+
+@dataclass(frozen=True)
+class RolloutConfig:
+    """gamma, lam: of generalised advantage estimation. whiten: advantages to mean 0 and variance 1 over the rollout.
+    no_stop_score: what a reply that never stopped scores instead of what the PM says (None: the PM's word).
+    recompute: log-probabilities of the samples by a full forward instead of the sampler's: None where the two may differ by more than
+    rounding, which is in any dtype but f32."""
+
+    gamma: float = 1.0  # Bai et al. 2022, section 4.1
+    lam: float = 0.95
+    whiten: bool = True
+    no_stop_score: float | None = None
+    recompute: bool | None = None
+
+
+class Judges(NamedTuple):
+    """The frozen models of a rollout. reference, reward: Model; tests: name -> Model. Their parameters come with each call."""
+
+    reference: Model
+    reward: Model
+    tests: Mapping[str, Model]
+
+
+def make_actor(policy: Model, value: Model | None, vocab: Vocabulary, width: int, temperature: float = 1.0,
+               offset: float = 0.0) -> Actor:
+    """(params, rows) -> logp, values and entropy of the reply tokens, [B, width] each; the caller masks.
+
+    params: {"policy", "value"}, or {"policy"} alone where value is None: then the score head of the policy's trunk is read.
+    offset: subtracted from values, as from the scores that they predict.
+    """
+
+    def actor(params, rows: Tokens):
+        tokens, _ = reply_tokens(rows, width)
+        hidden = before_reply_tokens(policy.apply(params["policy"], rows.tokens)[0], rows, width)
+        logp, entropy = reply_logps(policy, params["policy"], hidden, tokens, vocab, temperature)
+        if value is None:
+            return logp, policy.score(params["policy"], hidden) - offset, entropy
+        seen = before_reply_tokens(value.apply(params["value"], rows.tokens)[0], rows, width)
+        return logp, value.score(params["value"], seen) - offset, entropy
+
+    return actor
+
+
+def make_score(actor: Actor, judges: Judges, vocab: Vocabulary, width: int, cfg: RolloutConfig, recompute: bool,
+               temperature: float = 1.0):
+    """score(params, frozen, samples, offsets, beta) -> (Rollout, report), to be jitted.
+
+    frozen: {"reference", "reward", "tests": {name: ...}} parameters; offsets: {"reward", "tests"} scores to subtract.
+    report: per sample, [B] each: score, test scores, k1 and k3 KL in nats, length, stopped; and scalars of the whole batch.
+    """
+
+    def score(params, frozen, samples: Samples, offsets, beta):
+        rows = samples.rows
+        tokens, mask = reply_tokens(rows, width)
+        logp, values, entropy = actor(params, rows)
+        if not recompute:  # the sampler's are the same to rounding, and the policy's forward falls away
+            logp, entropy = samples.logp, samples.entropy
+        hidden = before_reply_tokens(judges.reference.apply(frozen["reference"], rows.tokens)[0], rows, width)
+        ref_logp, _ = reply_logps(judges.reference, frozen["reference"], hidden, tokens, vocab, temperature)
+        closed = closed_rows(samples, vocab)
+        judge = lambda model, params, offset: end_scores(model, params, closed) - offset  # noqa: E731
+        said = judge(judges.reward, frozen["reward"], offsets["reward"])
+        tests = {n: judge(m, frozen["tests"][n], offsets["tests"][n]) for n, m in judges.tests.items()}
+        paid = said if cfg.no_stop_score is None else jnp.where(samples.stopped, said, cfg.no_stop_score)
+        logp, ref_logp, values, entropy = (jnp.where(mask, x, 0.0) for x in (logp, ref_logp, values, entropy))
+        k1 = kl_k1(logp, ref_logp)
+        advantages, returns = gae(shaped_rewards(paid, k1, mask, beta), values, mask, cfg.gamma, cfg.lam)
+        report = {
+            "score": said,
+            **{f"test/{name}": x for name, x in tests.items()},
+            "k1": masked_sum(k1, mask, -1),
+            "k3": masked_sum(kl_k3(logp, ref_logp), mask, -1),
+            "length": jnp.sum(mask, -1),
+            "stopped": samples.stopped,
+            "entropy": masked_mean(entropy, mask),
+            "explained_variance": explained_variance(values, returns, mask),
+            "value_mean": masked_mean(values, mask),
+            "return_mean": masked_mean(returns, mask),
+        }
+        if cfg.whiten:
+            advantages = whiten(advantages, mask)
+        return Rollout(rows, mask, logp, ref_logp, values, advantages, returns), report
+
+    return score
+
+
+def closed_rows(samples: Samples, vocab: Vocabulary) -> Tokens:
+    """The rows as a PM reads them, [B, T + 2]: each reply ends in <eot> <eoc>, as the replies that it was trained on.
+
+    A reply cut off at the length limit is closed too: the PM judges what is there, and no_stop_score what is missing.
+    """
+    rows = samples.rows
+    tokens = jnp.pad(rows.tokens, ((0, 0), (0, 2)), constant_values=vocab.pad)
+    at = jnp.arange(tokens.shape[1])[None]
+    eot_at = jnp.where(samples.stopped, rows.length - 1, rows.length)[:, None]
+    tokens = jnp.where(at == eot_at, vocab.eot, jnp.where(at == eot_at + 1, vocab.eoc, tokens))
+    return Tokens(tokens, rows.prompt_len, eot_at[:, 0] + 2)
+
+
+def make_exact_kl(policy: Model, reference: Model, vocab: Vocabulary, width: int, temperature: float = 1.0):
+    """exact_kl(policy_params, reference_params, rows) -> [B]: sum over the reply's tokens of the KL between the two models'
+    next-token distributions, in nats: what k1 estimates with noise."""
+
+    def logps(model, params, rows):
+        hidden = before_reply_tokens(model.apply(params, rows.tokens)[0], rows, width)
+        return jax.nn.log_softmax(policy_logits(model, params, hidden, vocab, temperature))
+
+    def exact_kl(policy_params, reference_params, rows: Tokens):
+        logp, ref_logp = logps(policy, policy_params, rows), logps(reference, reference_params, rows)
+        _, mask = reply_tokens(rows, width)
+        return masked_sum(jnp.sum(jnp.exp(logp) * (logp - ref_logp), -1), mask, -1)
+
+    return exact_kl

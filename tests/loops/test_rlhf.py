@@ -1,0 +1,178 @@
+"""The PPO loop: it raises its reward, says what happens, and no interruption shows in what it leaves behind."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from hhjax.data.comparisons import ComparisonData
+from hhjax.experiment import PPO, Preempted
+from hhjax.fields import ConfigError
+from hhjax.io import checkpoint
+from hhjax.io.metrics import TIMING, read_events, read_rows
+from hhjax.loops import rlhf
+from hhjax.loops.supervised import load_model
+from hhjax.model.generate import Sampling
+from hhjax.objectives.kl import KLConfig
+from hhjax.sharding import MeshConfig, make_mesh
+from hhjax.train.state import OptimConfig
+
+PAIRS = ComparisonData(sources=("pairs.jsonl",))
+STEPS = 6
+
+
+def make_ppo(pipeline, **changes) -> PPO:
+    stage = PPO("ppo", policy=str(pipeline["lm"]), reward=str(pipeline["pm"]), tests=(str(pipeline["pm_test"]),), data=PAIRS,
+                prompt_len=32, sampling=Sampling(12), batch_size=16, steps=STEPS, epochs=2, minibatches=2, save_every=2,
+                eval_every=3, eval_prompts=20, optim=OptimConfig(1e-3), value_optim=OptimConfig(1e-3),
+                kl=KLConfig(0.01, target=0.5, horizon=100), mesh=MeshConfig(2, 2, 2))  # fmt: skip
+    return replace(stage, **changes)
+
+
+@pytest.fixture(scope="module")
+def finished(pipeline, context, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ppo") / "run"
+    stage = make_ppo(pipeline)
+    rlhf.run(stage, context(stage, folder))
+    return folder
+
+
+def without_times(folder):
+    return [{k: v for k, v in row.items() if k not in TIMING} for row in read_rows(folder / "metrics.jsonl")]
+
+
+def iterations(folder):
+    return [row for row in read_rows(folder / "metrics.jsonl") if "score" in row]
+
+
+def test_a_row_says_all_that_a_researcher_asks(finished, pipeline):
+    rows = iterations(finished)
+    assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
+    test = f"test/{pipeline['pm_test']}"
+    wanted = {"score", "score_p10", "score_p50", "score_p90", test, f"{test}_p50", "kl_k1", "kl_k3", "sqrt_kl", "beta",
+              "policy_loss", "value_loss", "loss", "explained_variance", "clip_fraction", "ratio_max", "log_ratio_max",
+              "first_log_ratio_max", "entropy", "length", "stop_rate", "repeated_3grams", "grad_norm", "grad_norm_policy",
+              "grad_norm_value", "generate_s", "score_s", "train_s", "generate_tokens_per_s", "score_tokens_per_s",
+              "train_tokens_per_s", "samples_per_s", "memory_gib", "tokens"}  # fmt: skip
+    assert not wanted - set(rows[-1])
+    for row in rows:
+        assert row["first_log_ratio_max"] < 1e-4  # the policy that sampled is the policy that is trained
+        assert 0 <= row["clip_fraction"] <= 1 and row["kl_k3"] >= 0 and 1 <= row["length"] <= 12
+        assert row["score_p10"] <= row["score_p50"] <= row["score_p90"]
+    assert abs(rows[0]["kl_k1"]) < 1e-3 < rows[-1]["kl_k3"]  # it starts at its reference, and moves
+
+
+def test_beta_follows_its_target(finished):
+    rows = iterations(finished)
+    for before, after in zip(rows, rows[1:]):
+        factor = 1 + np.clip(before["kl_k1"] / 0.5 - 1, -0.2, 0.2) * 16 / 100
+        assert after["beta"] == pytest.approx(before["beta"] * factor)
+    assert rows[0]["beta"] == 0.01
+
+
+def test_held_out_scores_start_at_zero(finished, pipeline):
+    """The mean that the PM gives the initial policy is subtracted."""
+    looks = [row for row in read_rows(finished / "metrics.jsonl") if "eval/score" in row]
+    assert [row["step"] for row in looks] == [0, 3, 6]
+    assert abs(looks[0]["eval/score"]) < 1e-5 and abs(looks[0][f"eval/test/{pipeline['pm_test']}"]) < 1e-5
+    assert looks[0]["eval/kl_exact"] == pytest.approx(0, abs=1e-4) and looks[-1]["eval/kl_exact"] > 0
+    [offsets] = [e for e in read_events(finished) if e["event"] == "offsets"]
+    assert offsets["reward"] != 0
+
+
+def test_samples_keep_transcripts_and_scores(finished):
+    first, last = (read_rows(finished / "samples" / f"{n:06}.jsonl") for n in (0, STEPS))
+    assert len(first) == len(last) == 20
+    for a, b in zip(first, last):
+        assert a["prompt"] == b["prompt"] and a["prompt"].endswith("Assistant:") and a["length"] >= 1
+    assert np.mean([r["score"] for r in first]) == pytest.approx(0, abs=1e-3)
+    assert [r["reply"] for r in first] != [r["reply"] for r in last]
+
+
+def test_a_stopped_run_goes_on_as_if_nothing_had_been(finished, pipeline, context, tmp_path):
+    stage = make_ppo(pipeline)
+    for stop in (2, 3):  # after iterations 2 and 5
+        with pytest.raises(Preempted, match="saved at iteration"):
+            rlhf.run(stage, context(stage, tmp_path / "run", stop_after=stop))
+    rlhf.run(stage, context(stage, tmp_path / "run"))
+    assert without_times(tmp_path / "run") == without_times(finished)
+    assert checkpoint.read_checksums(tmp_path / "run") == checkpoint.read_checksums(finished)
+
+
+def test_work_after_the_last_save_is_done_anew(finished, pipeline, context, tmp_path, monkeypatch):
+    """Killed inside the update of iteration 4: rows, samples and every number of state come out the same."""
+    stage, real, calls = make_ppo(pipeline), rlhf.iterate, iter(range(1, 100))
+
+    def killed(*args):
+        if next(calls) == 4:
+            real(*args)
+            raise KeyboardInterrupt
+        return real(*args)
+
+    monkeypatch.setattr(rlhf, "iterate", killed)
+    with pytest.raises(KeyboardInterrupt):
+        rlhf.run(stage, context(stage, tmp_path / "run"))
+    monkeypatch.undo()
+    rlhf.run(stage, context(stage, tmp_path / "run"))
+    assert without_times(tmp_path / "run") == without_times(finished)
+    assert checkpoint.read_checksums(tmp_path / "run") == checkpoint.read_checksums(finished)
+
+
+def test_another_rollout_mesh_gives_the_same_run(finished, pipeline, context, tmp_path):
+    stage = make_ppo(pipeline, rollout_mesh=MeshConfig(4, 1, 2), steps=3)
+    rlhf.run(stage, context(stage, tmp_path / "run"))
+    for a, b in zip(iterations(tmp_path / "run"), iterations(finished)):
+        for name in ("score", "kl_k3", "loss", "length", "grad_norm"):
+            assert a[name] == pytest.approx(b[name], rel=5e-3, abs=1e-4), name
+
+
+def test_the_policy_is_a_model_like_any_other(finished, pipeline):
+    """Children read `params` only: the policy, without value network and optimisers. It is not its parent any more."""
+    model, params, tokenizer = load_model(finished, None, make_mesh(MeshConfig()))
+    _, parent, _ = load_model(pipeline["lm"], None, make_mesh(MeshConfig()))
+    assert model.config.vocab >= tokenizer.vocab_size
+    assert (np.asarray(params["embed"]) != np.asarray(parent["embed"])).any()
+
+
+def test_the_reward_rises(pipeline, context, tmp_path):
+    """The PM likes "good": PPO finds it, on the training PM and on the one it never saw."""
+    stage = make_ppo(pipeline, steps=40, kl=KLConfig(0.001), eval_every=0, tests=(str(pipeline["pm_test"]),), batch_size=32,
+                     mesh=MeshConfig(1), value_head=False, optim=OptimConfig(3e-3), value_optim=OptimConfig(3e-3))  # fmt: skip
+    stage = replace(stage, mesh=MeshConfig(), save_every=0)
+    rlhf.run(stage, context(stage, tmp_path / "run"))
+    rows = iterations(tmp_path / "run")
+    spread = rows[0]["score_p90"] - rows[0]["score_p10"]
+    assert np.mean([r["score"] for r in rows[-5:]]) > np.mean([r["score"] for r in rows[:5]]) + 0.5 * spread
+
+
+@pytest.mark.parametrize("changes", [{"value_head": True}, {"value": "lm"}])
+def test_value_networks_of_every_kind(pipeline, context, tmp_path, changes):
+    if "value" in changes:
+        changes = {"value": str(pipeline["lm"])}
+    stage = make_ppo(pipeline, steps=2, eval_every=0, **changes)
+    rlhf.run(stage, context(stage, tmp_path / "run"))
+    rows = iterations(tmp_path / "run")
+    assert ("grad_norm_value" in rows[0]) == ("value" in changes)
+    parts = {name.split("/")[0] + "/" + name.split("/")[1].split(".")[0] for name in checkpoint.read_checksums(tmp_path / "run")}
+    assert ("train/value" in parts) == ("value" in changes)
+
+
+def test_models_must_share_a_tokenizer(pipeline, context, tmp_path, hugging_face_folder):
+    stage = make_ppo(pipeline, policy=str(hugging_face_folder))
+    with pytest.raises(ConfigError, match="different tokenizers"):
+        rlhf.run(stage, context(stage, tmp_path / "run"))
+
+
+def test_what_ppo_cannot_do_is_refused(pipeline):
+    with pytest.raises(ConfigError, match="needs the probability of what was drawn"):
+        make_ppo(pipeline, sampling=Sampling(12, top_p=0.9))
+    with pytest.raises(ConfigError, match="does not divide"):
+        make_ppo(pipeline, minibatches=3)
+    with pytest.raises(ConfigError, match="leave one out"):
+        make_ppo(pipeline, value_head=True, value="x/y")
+
+
+def test_json_rows_are_plain(finished):
+    for line in (finished / "metrics.jsonl").read_text().splitlines():
+        json.loads(line, parse_constant=lambda x: pytest.fail(f"{x} is not JSON"))

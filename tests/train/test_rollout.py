@@ -1,0 +1,233 @@
+"""Rollouts: what a PM is shown, that the ratio begins at 1, and that a toy reward is learnt."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from hhjax.model.generate import Sampling, generate
+from hhjax.model.transformer import ModelConfig, make_model
+from hhjax.objectives.advantage import gae, shaped_rewards
+from hhjax.objectives.ppo import PPOLoss, ppo_objective
+from hhjax.sharding import MeshConfig, batch_sharding, make_mesh, param_shardings
+from hhjax.train.rollout import Judges, RolloutConfig, closed_rows, make_actor, make_exact_kl, make_score
+from hhjax.train.state import OptimConfig, init_state, join_policy, make_parts_optimizer, split_policy, state_shardings
+from hhjax.train.step import make_ppo_update, make_train_step
+from hhjax.types import Samples, Tokens, Vocabulary
+
+VOCAB, R = Vocabulary(0, 1, 2, 30), 8
+CONFIG = ModelConfig(2, 32, 2, 2, 16, 64, vocab=32)
+OFFSETS = {"reward": 0.25, "tests": {"other": -1.0}}
+
+
+def make_all(mesh=None, batch=8):
+    model = make_model(CONFIG, mesh)
+    trees = [model.init(jax.random.key(i)) for i in range(4)]
+    policy, reward, value, other = (p | {"embed": 8 * p["embed"], "score": jax.random.normal(jax.random.key(9), (32,))} for p in trees)
+    rng = np.random.default_rng(0)
+    length = jnp.array(rng.integers(1, 7, batch), jnp.int32)
+    tokens = jnp.where(jnp.arange(6)[None] < length[:, None], jnp.array(rng.integers(3, 30, (batch, 6))), 0)
+    frozen = {"reference": jax.tree.map(lambda x: 1.1 * x, policy), "reward": reward, "tests": {"other": other}}
+    return model, {"policy": policy, "value": value}, frozen, Tokens(tokens.astype(jnp.int32), length, length)
+
+
+def make_parts(model, cfg=RolloutConfig(), recompute=False):
+    actor = make_actor(model, model, VOCAB, R, offset=0.25)
+    return actor, make_score(actor, Judges(model, model, {"other": model}), VOCAB, R, cfg, recompute)
+
+
+@pytest.fixture(scope="module")
+def scored():
+    model, params, frozen, prompts = make_all()
+    samples = generate(model, params["policy"], prompts, jnp.arange(8), jax.random.key(0), VOCAB, Sampling(R))
+    actor, score = make_parts(model)
+    return model, params, frozen, samples, actor, *score(params, frozen, samples, OFFSETS, 0.1)
+
+
+def test_a_pm_reads_replies_that_end_in_eot_and_eoc():
+    """The stop is there once, whether it was sampled or not; nothing follows <eoc>."""
+    rows = Tokens(jnp.array([[5, 6, 7, 1, 0], [5, 6, 7, 8, 9]]), jnp.array([2, 2]), jnp.array([4, 5]))
+    closed = closed_rows(Samples(rows, None, None, jnp.array([True, False])), VOCAB)
+    np.testing.assert_array_equal(closed.tokens, [[5, 6, 7, 1, 2, 0, 0], [5, 6, 7, 8, 9, 1, 2]])
+    np.testing.assert_array_equal(closed.length, [5, 7])
+
+
+def test_scores_are_the_pms_minus_the_offset(scored):
+    model, _, frozen, samples, _, _, report = scored
+    for i in range(8):
+        n, reply = int(samples.rows.length[i]), samples.rows.tokens[i]
+        end = [2] if samples.stopped[i] else [1, 2]
+        row = jnp.array([*reply[:n].tolist(), *end])[None]
+        for pm, name, offset in ((frozen["reward"], "score", 0.25), (frozen["tests"]["other"], "test/other", -1.0)):
+            assert float(model.score(pm, model.apply(pm, row)[0][0, -1])) - offset == pytest.approx(float(report[name][i]), abs=1e-4)
+
+
+def test_the_first_ratio_is_one(scored):
+    """The rollout holds the sampler's log-probs; the training forward gives the same."""
+    _, params, _, _, actor, rollout, _ = scored
+    _, metrics = ppo_objective(actor)(params, rollout, None)
+    assert float(metrics["log_ratio_max"]) < 1e-4 and float(metrics["clip_fraction"]) == 0
+    assert float(jnp.abs(rollout.logp).max()) > 1
+
+
+def test_recomputed_logps_are_the_samplers(scored):
+    model, params, frozen, samples, _, rollout, _ = scored
+    again, _ = make_parts(model, recompute=True)[1](params, frozen, samples, OFFSETS, 0.1)
+    np.testing.assert_allclose(again.logp, rollout.logp, atol=1e-5)
+
+
+def test_advantages_are_whitened_and_rewards_are_not(scored):
+    _, _, _, _, _, rollout, report = scored
+    kept = np.asarray(rollout.advantages)[np.asarray(rollout.mask)]
+    assert abs(kept.mean()) < 1e-5 and kept.std() == pytest.approx(1, abs=1e-3)
+    k1 = jnp.where(rollout.mask, rollout.logp - rollout.ref_logp, 0)
+    np.testing.assert_allclose(report["k1"], k1.sum(1), rtol=1e-5)
+    _, returns = gae(shaped_rewards(report["score"], k1, rollout.mask, 0.1), rollout.values, rollout.mask, 1.0, 0.95)
+    np.testing.assert_allclose(rollout.returns, returns, atol=1e-5)
+
+
+def test_a_reply_without_a_stop_scores_what_the_rule_says(scored):
+    model, params, frozen, samples, *_, before, report = scored
+    assert 0 < int(samples.stopped.sum()) < 8
+    fixed, seen = make_parts(model, RolloutConfig(no_stop_score=-1.0, lam=1.0))[1](params, frozen, samples, OFFSETS, 0.0)
+    last = samples.rows.length - samples.rows.prompt_len - 1
+    paid = jnp.take_along_axis(fixed.returns, last[:, None], 1)[:, 0]
+    np.testing.assert_allclose(paid, jnp.where(samples.stopped, seen["score"], -1.0), atol=1e-5)
+    np.testing.assert_allclose(seen["score"], report["score"], atol=1e-5)  # what is logged is the PM's word
+
+
+def test_exact_kl_is_what_k1_estimates(scored):
+    """Averaged over many samples of one prompt the two agree within four standard errors."""
+    model, params, frozen, *_ = scored
+    prompt = Tokens(jnp.full((2000, 2), 7), jnp.full(2000, 2), jnp.full(2000, 2))
+    samples = generate(model, params["policy"], prompt, jnp.arange(2000), jax.random.key(3), VOCAB, Sampling(R))
+    _, report = make_parts(model)[1](params, frozen, samples, OFFSETS, 0.0)
+    exact = make_exact_kl(model, model, VOCAB, R)(params["policy"], frozen["reference"], samples.rows)
+    assert float(exact.std()) < float(report["k1"].std())
+    error = float(report["k1"].std()) / 2000**0.5
+    assert float(exact.mean()) == pytest.approx(float(report["k1"].mean()), abs=4 * error)
+    assert float(report["k3"].mean()) == pytest.approx(float(exact.mean()), rel=0.3)
+
+
+# The update -----------------------------------------------------------------------------------------------------------
+
+
+def make_updates(actor, epochs=1, minibatches=1, micro=1, lr=1e-2, loss=PPOLoss()):
+    optimizer = make_parts_optimizer({"policy": OptimConfig(lr), "value": OptimConfig(lr)}, 100)
+    step = make_train_step(ppo_objective(actor, loss), optimizer, micro, ("policy", "value"))
+    return optimizer, step, jax.jit(make_ppo_update(step, epochs, minibatches))
+
+
+def test_one_minibatch_and_one_epoch_is_one_step(scored):
+    _, params, _, _, actor, rollout, _ = scored
+    optimizer, step, update = make_updates(actor)
+    state = init_state(params, optimizer, jax.random.key(0))
+    for a, b in zip(jax.tree.leaves(update(state, rollout)[0].params), jax.tree.leaves(jax.jit(step)(state, rollout)[0].params)):
+        np.testing.assert_allclose(a, b, atol=1e-6)
+
+
+def test_every_epoch_sees_every_row_once(scored):
+    """With a loss that sums a row's number, each minibatch differs and each epoch adds up to all."""
+    _, params, _, _, _, rollout, _ = scored
+    seen = []
+
+    def step(state, batch):
+        jax.debug.callback(lambda x: seen.append(x.tolist()), batch.returns[:, 0], ordered=True)
+        return state._replace(step=state.step + 1), {"loss": 0.0, "log_ratio_max": jnp.sum(batch.returns[:, 0])}
+
+    optimizer, *_ = make_updates(None)
+    state = init_state(params, optimizer, jax.random.key(0))
+    numbered = rollout._replace(returns=jnp.arange(64.0).reshape(8, 8))
+    _, metrics = jax.block_until_ready(make_ppo_update(step, 3, 2)(state, numbered))
+    epochs = [sorted(seen[i] + seen[i + 1]) for i in (0, 2, 4)]
+    assert len(seen) == 6 and epochs == [[8.0 * i for i in range(8)]] * 3
+    assert len({tuple(part) for part in seen}) > 2
+    assert float(metrics["first_log_ratio_max"]) == sum(seen[0]) and float(metrics["log_ratio_max"]) == max(map(sum, seen))
+
+
+def test_micro_batches_give_the_same_update(scored):
+    _, params, _, _, actor, rollout, _ = scored
+    moved = rollout._replace(logp=rollout.logp - 0.1 * jnp.arange(8)[:, None])
+    results = []
+    for micro in (1, 4):
+        optimizer, _, update = make_updates(actor, micro=micro, lr=1e-3)
+        state, metrics = update(init_state(params, optimizer, jax.random.key(0)), moved)
+        results.append((metrics, state.opt_state))
+    (one, moments), (four, moments4) = results
+    assert one.keys() == four.keys()
+    for name in one:
+        np.testing.assert_allclose(one[name], four[name], rtol=2e-4, atol=1e-6, err_msg=name)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6), moments, moments4)
+
+
+def test_rows_that_do_not_divide_are_refused(scored):
+    _, params, _, _, actor, rollout, _ = scored
+    optimizer, _, update = make_updates(actor, minibatches=3)
+    with pytest.raises(ValueError, match="8 samples do not divide into 3 minibatches"):
+        update(init_state(params, optimizer, jax.random.key(0)), rollout)
+
+
+def test_a_saved_policy_state_is_the_state_again(scored):
+    _, params, _, _, actor, _, _ = scored
+    state = init_state(params, make_updates(actor)[0], jax.random.key(0))
+    back = join_policy(split_policy(state))
+    assert jax.tree.structure(back) == jax.tree.structure(state)
+    assert split_policy(state).params is params["policy"]
+
+
+@pytest.mark.parametrize("mesh", [MeshConfig(8), MeshConfig(2, 4), MeshConfig(2, 2, 2)])
+def test_eight_devices_equal_one(scored, mesh):
+    """Score and update on a mesh give the one-device rollout, metrics and parameters; the parameters are really split."""
+    _, params, frozen, samples, actor, rollout, report = scored
+    mesh = make_mesh(mesh)
+    model = make_model(CONFIG, mesh)
+    sharded_actor, score = make_parts(model)
+    optimizer, _, update = make_updates(sharded_actor, epochs=2, minibatches=1, lr=1e-3)
+    places = {name: param_shardings(model.axes(), tree, mesh) for name, tree in params.items()}
+    shardings = state_shardings(optimizer, jax.eval_shape(lambda: params), places, mesh)
+    rows = batch_sharding(mesh)
+    found, seen = jax.jit(score, in_shardings=(places, None, rows, None, None), out_shardings=(rows, None))(
+        params, frozen, samples, OFFSETS, 0.1)  # fmt: skip
+    for a, b in zip(jax.tree.leaves((found, seen)), jax.tree.leaves((rollout, report))):
+        np.testing.assert_allclose(a, b, atol=2e-4)
+    start = jax.device_put(init_state(params, optimizer, jax.random.key(0)), shardings)
+    state, metrics = jax.jit(update, in_shardings=(shardings, rows), out_shardings=(shardings, None))(start, found)
+    optimizer, _, update = make_updates(actor, epochs=2, lr=1e-3)
+    one_state, one = update(init_state(params, optimizer, jax.random.key(0)), rollout)
+    for name in one:
+        np.testing.assert_allclose(metrics[name], one[name], rtol=2e-3, atol=2e-5, err_msg=name)
+    for a, b in zip(jax.tree.leaves(state.params), jax.tree.leaves(one_state.params)):
+        np.testing.assert_allclose(a, b, atol=3e-4)
+    if mesh.shape["fsdp"] > 1:
+        up = state.params["policy"]["blocks"]["up"]
+        assert up.addressable_shards[0].data.size == up.size // (mesh.shape["fsdp"] * mesh.shape["tensor"])
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_toy_reward_is_learnt(seed):
+    """Reward: the share of one token in the reply. From 1 in 30 to 0.9 within 150 iterations of 32 samples."""
+    model, params, frozen, prompts = make_all(batch=32)
+    params = {"policy": model.init(jax.random.key(seed)), "value": model.init(jax.random.key(seed + 100))}
+    actor = make_actor(model, model, VOCAB, R)
+    _, _, update = made = make_updates(actor, epochs=2, minibatches=2, lr=3e-3)
+    state = init_state(params, made[0], jax.random.key(seed))
+    _, score = make_parts(model)
+
+    @jax.jit
+    def rollout(params, key):
+        samples = generate(model, params["policy"], prompts, jnp.arange(32), key, VOCAB, Sampling(R))
+        found, _ = score(params, frozen | {"reference": params["policy"]}, samples, OFFSETS, 0.0)
+        reply = jnp.take_along_axis(samples.rows.tokens, samples.rows.prompt_len[:, None] + jnp.arange(R)[None], 1)
+        share = jnp.sum((reply == 7) & found.mask, -1) / jnp.sum(found.mask, -1)
+        advantages, returns = gae(shaped_rewards(share, 0 * found.logp, found.mask, 0.0), found.values, found.mask, 1.0, 0.95)
+        centred = jnp.where(found.mask, advantages - jnp.mean(advantages, where=found.mask), 0)
+        return found._replace(advantages=centred / (jnp.std(advantages, where=found.mask) + 1e-4), returns=returns), share.mean()
+
+    shares = []
+    for i in range(150):
+        found, share = rollout(state.params, jax.random.fold_in(jax.random.key(seed), i))
+        shares.append(float(share))
+        if np.mean(shares[-5:]) > 0.9:
+            break
+        state, _ = update(state, found)
+    assert shares[0] < 0.2 and np.mean(shares[-5:]) > 0.9
