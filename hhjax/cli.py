@@ -1,4 +1,4 @@
-"""The `hhjax` command: run, sweep, ls, show, check-data, tokenizer train, bench."""
+"""The `hhjax` command: run, sweep, ls, show, chat, check-data, tokenizer train, bench."""
 
 import json
 import logging
@@ -21,10 +21,11 @@ USAGE = """usage: hhjax COMMAND
   run FILE [flags]      train what an experiment file defines; `hhjax run FILE --help` lists its flags
   sweep FILE --jobs N   the same, stages side by side in N processes
   ls [OUT]              list the run directories
-  show RUN [--samples]  a run's config and metrics, and rows of its data as text
+  show RUN [--samples]  a run's config and metrics, and rows of its data as text; PPO's replies beside the first ones
+  chat RUN              talk to a trained model
   check-data PATH       report the malformed rows of comparison files
   tokenizer train       train a SentencePiece tokenizer on text
-  bench ceiling         what this machine's matrix products reach"""
+  bench ceiling|ppo     what this machine's matrix products reach; seconds of a PPO iteration"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -105,9 +106,29 @@ def show(argv: Sequence[str]) -> int:
     print("\n\n".join(text.rstrip() for text in texts if text) or "no metrics yet", end="\n\n")
     print("\n".join(event_text(event) for event in read_events(folder)[-5:]))
     if args.samples:
-        for path in sorted((folder / "samples").glob("*.jsonl")):
-            print(f"\n== {path.name}")
-            print("\n\n".join(sample_text(row) for row in read_rows(path)))
+        print(samples_text(folder / "samples"))
+    return 0
+
+
+@dataclass(frozen=True)
+class Chat:
+    """Talk to a trained policy or language model: each line is a Human turn; an empty line ends."""
+
+    run: Positional[Path]
+    """A run directory, RUN@STEP, or a Hugging Face folder."""
+    temperature: float = 1.0
+    top_p: float = 1.0
+    max_new_tokens: int = 128
+    seed: int = 0
+
+
+def chat(argv: Sequence[str]) -> int:
+    from hhjax.loops.chat import talk
+    from hhjax.model.generate import Sampling
+
+    args = tyro.cli(Chat, args=argv, prog="hhjax chat")
+    sampling = Sampling(args.max_new_tokens, args.temperature, top_p=args.top_p)
+    talk(str(args.run), sampling, args.seed)
     return 0
 
 
@@ -156,12 +177,15 @@ def tokenizer(argv: Sequence[str]) -> int:
 
 
 def bench(argv: Sequence[str]) -> int:
-    if not argv or argv[0] != "ceiling":
-        print("usage: hhjax bench ceiling", file=sys.stderr)
+    if not argv or argv[0] not in ("ceiling", "ppo"):
+        print("usage: hhjax bench ceiling|ppo", file=sys.stderr)
         return 0 if argv and argv[0] in ("-h", "--help") else 2
     from hhjax import bench
 
-    print(bench.report(bench.ceiling()))
+    if argv[0] == "ceiling":
+        print(bench.report(bench.ceiling()))
+    else:
+        print(json.dumps(bench.ppo(tyro.cli(bench.PPOBench, args=argv[1:], prog="hhjax bench ppo"))))
     return 0
 
 
@@ -170,6 +194,7 @@ COMMANDS = {
     "sweep": sweep,
     "ls": ls,
     "show": show,
+    "chat": chat,
     "check-data": check_data,
     "tokenizer": tokenizer,
     "bench": bench,
@@ -223,6 +248,20 @@ def event_text(event: dict) -> str:
     head = ", ".join(f"{k} {v}" for k, v in details.items() if "\n" not in v)
     below = [line for v in details.values() if "\n" in v for line in v.splitlines()]
     return "\n    ".join([f"{event['event']}: {head}".rstrip(": "), *below])
+
+
+def samples_text(folder: Path) -> str:
+    """Every samples file as text; of those named by iterations, the last with the first one's replies beside its own."""
+    files = sorted(folder.glob("*.jsonl"))
+    numbered = [path for path in files if path.stem.isdigit()]
+    parts = []
+    for path in [path for path in files if path not in numbered] + numbered[-1:]:
+        rows = read_rows(path)
+        if numbered[:-1] and path == numbered[-1]:
+            rows = [row | {"reply": first["reply"], f"reply at {int(path.stem)}": row["reply"]}
+                    for first, row in zip(read_rows(numbered[0]), rows)]  # fmt: skip
+        parts += [f"\n== {path.name}", "\n\n".join(sample_text(row) for row in rows)]
+    return "\n".join(parts)
 
 
 def sample_text(row: dict) -> str:

@@ -28,8 +28,10 @@ from hhjax.model.transformer import config_to_json, make_model
 from hhjax.objectives.kl import adapt_beta
 from hhjax.sharding import batch_host, batch_sharding, check_batch, make_mesh, param_shardings, put_batch, replicated
 from hhjax.train.rollout import Judges, make_actor, make_exact_kl, make_score
-from hhjax.train.state import TrainState, init_state, join_policy, make_parts_optimizer, split_policy, state_shardings
+from hhjax.train.state import (PartsOptimizer, TrainState, init_state, join_policy, make_parts_optimizer, split_policy,
+                               state_shardings)  # fmt: skip
 from hhjax.train.step import make_ppo_update, make_train_step
+from hhjax.types import Vocabulary
 
 SAMPLING = 2**32 - 2  # the child of the run's key that replies are drawn with
 
@@ -110,7 +112,7 @@ def run(stage: PPO, ctx: StageContext) -> None:
 def train(setup: Setup, state: TrainState, shardings: TrainState, position: dict) -> None:
     """Iterations from position["step"] to the last, with their rows, looks and checkpoints."""
     stage, ctx = setup.stage, setup.ctx
-    phases = make_phases(setup, shardings, position["offsets"])
+    phases = make_phases(stage, setup.models, setup.tok.vocabulary, setup.mesh, setup.rollout_mesh, shardings, position["offsets"])
     progress = Progress(ctx, stage.name, position["step"], stage.steps, position["tokens"],
                         roofline.ceiling(compute_dtype(stage.run)))  # fmt: skip
     saver = checkpoint.CheckpointWriter(ctx.dir, stage.keep, on_saved=progress.saved)
@@ -148,18 +150,12 @@ def train(setup: Setup, state: TrainState, shardings: TrainState, position: dict
 def iterate(setup: Setup, phases: Phases, state: TrainState, offsets: dict, beta: float, done: int, seconds: Seconds):
     """Iteration `done` (from 1): the new state, its row of metrics, and its (tokens, model FLOPs)."""
     stage, mesh = setup.stage, setup.mesh
-    key = jax.random.fold_in(sampling_key(setup), done)
-    batch = setup.prompts.batch(setup.ctx.seed, done - 1, Host(*batch_host(setup.rollout_mesh)))
     index, count = batch_host(setup.rollout_mesh)
+    batch = setup.prompts.batch(setup.ctx.seed, done - 1, Host(index, count))
     row_ids = np.split(np.arange(stage.batch_size, dtype=np.int32), count)[index]
-    with seconds.phase("generate"):
-        policy = phases.spread(state.params["policy"])
-        samples = phases.sample(policy, put_batch(batch, setup.rollout_mesh), put_batch(row_ids, setup.rollout_mesh), key)
-        samples = jax.block_until_ready(phases.gather(samples))
-    with seconds.phase("score"):
-        rollout, report = jax.block_until_ready(phases.score(state.params, setup.frozen, samples, offsets, beta))
-    with seconds.phase("train"):
-        state, metrics = jax.block_until_ready(phases.update(state, rollout))
+    prompts = put_batch((batch, row_ids), setup.rollout_mesh)
+    key = jax.random.fold_in(sampling_key(setup), done)
+    state, samples, report, metrics = advance(phases, state, setup.frozen, prompts, key, offsets, beta, seconds)
     rows = fetch(samples.rows, mesh)
     row = report_row(jax.device_get(report), rows) | {n: float(x) for n, x in jax.device_get(metrics).items() if n != "weight"}
     tokens, new = int(rows.length.sum()), int((rows.length - rows.prompt_len).sum())
@@ -167,7 +163,19 @@ def iterate(setup: Setup, phases: Phases, state: TrainState, offsets: dict, beta
     rates |= {"generate_tokens_per_s": new / seconds.generate, "score_tokens_per_s": tokens / seconds.score,
               "train_tokens_per_s": stage.epochs * tokens / seconds.train,
               "samples_per_s": stage.batch_size / sum(vars(seconds).values()), "memory_gib": memory_gib()}  # fmt: skip
-    return state, row | {"beta": beta} | rates, (tokens, iteration_flops(setup))
+    return state, row | {"beta": beta} | rates, (tokens, iteration_flops(stage, setup.models))
+
+
+def advance(phases: Phases, state: TrainState, frozen: dict, prompts, key, offsets: dict, beta: float, seconds: Seconds):
+    """One iteration on the devices: (new state, samples, report, metrics), each phase waited for and timed."""
+    with seconds.phase("generate"):
+        samples = phases.sample(phases.spread(state.params["policy"]), *prompts, key)
+        samples = jax.block_until_ready(phases.gather(samples))
+    with seconds.phase("score"):
+        rollout, report = jax.block_until_ready(phases.score(state.params, frozen, samples, offsets, beta))
+    with seconds.phase("train"):
+        state, metrics = jax.block_until_ready(phases.update(state, rollout))
+    return state, samples, report, metrics
 
 
 def report_row(report: dict, rows) -> dict:
@@ -225,12 +233,9 @@ def roles(stage: PPO) -> dict[str, str]:
 
 def starting_state(stage: PPO, ctx: StageContext, found: dict[str, Loaded], mesh):
     """The newest good state with its shardings and position, or the parents' parameters and fresh optimisers."""
-    parts = {"policy": stage.optim} | ({} if stage.value_head else {"value": stage.value_optim})
-    optimizer = make_parts_optimizer(parts, stage.steps * stage.epochs * stage.minibatches)
-    params = {name: found[name].params for name in parts}
-    axes = {name: found[name].model.axes() for name in parts}
-    shapes = jax.eval_shape(lambda: params)
-    shardings = state_shardings(optimizer, shapes, {n: param_shardings(axes[n], shapes[n], mesh) for n in parts}, mesh)
+    optimizer = ppo_optimizer(stage)
+    params = {name: found[name].params for name in optimizer.parts}
+    shardings = ppo_shardings(optimizer, {name: found[name].model for name in optimizer.parts}, mesh)
     key = jax.random.split(jax.random.key(ctx.seed))[1]
     like = jax.eval_shape(lambda p, k: split_policy(init_state(p, optimizer, k)), params, key)
     if restored := restore_newest(ctx, stage.name, like, split_policy(shardings)):
@@ -239,30 +244,41 @@ def starting_state(stage: PPO, ctx: StageContext, found: dict[str, Loaded], mesh
     return start(params, key), shardings, {"step": 0, "tokens": 0}
 
 
-def make_phases(setup: Setup, shardings: TrainState, offsets: dict) -> Phases:
-    stage, models, mesh, tok = setup.stage, setup.models, setup.mesh, setup.tok
-    vocab, width, heat = tok.vocabulary, stage.sampling.max_new_tokens, stage.sampling.temperature
+def ppo_optimizer(stage: PPO) -> PartsOptimizer:
+    """Policy and value network each with its own, over all updates of the run."""
+    configs = {"policy": stage.optim} | ({} if stage.value_head else {"value": stage.value_optim})
+    return make_parts_optimizer(configs, stage.steps * stage.epochs * stage.minibatches)
+
+
+def ppo_shardings(optimizer: PartsOptimizer, models: dict, mesh) -> TrainState:
+    """Where the state of these models' parameters lies."""
+    shapes = {name: jax.eval_shape(models[name].init, jax.random.key(0)) for name in optimizer.parts}
+    places = {name: param_shardings(models[name].axes(), shapes[name], mesh) for name in optimizer.parts}
+    return state_shardings(optimizer, shapes, places, mesh)
+
+
+def make_phases(stage: PPO, models: dict, vocab: Vocabulary, mesh, rollout_mesh, shardings: TrainState, offsets: dict) -> Phases:
+    """The parts compiled for these models (by role, see `roles`), meshes, and shardings of the state."""
+    width, heat = stage.sampling.max_new_tokens, stage.sampling.temperature
     policy = models["policy"]
     actor = make_actor(policy, models.get("value"), vocab, width, heat, offsets["reward"])
     judges = Judges(models["kl_to"], models["reward"], {ref: models[f"tests.{ref}"] for ref in stage.tests})
     recompute = stage.rollout.recompute
     recompute = compute_dtype(stage.run) != "float32" if recompute is None else recompute
     score = make_score(actor, judges, vocab, width, stage.rollout, recompute, heat)
-    parts = ("policy",) if stage.value_head else ("policy", "value")
-    sizes = {"policy": stage.optim} | ({} if stage.value_head else {"value": stage.value_optim})
-    optimizer = make_parts_optimizer(sizes, stage.steps * stage.epochs * stage.minibatches)
-    step = make_train_step(stage.objective(actor, stage.loss), optimizer, stage.micro_batches, parts)
+    optimizer = ppo_optimizer(stage)
+    step = make_train_step(stage.objective(actor, stage.loss), optimizer, stage.micro_batches, tuple(optimizer.parts))
     whole, rows = replicated(mesh), batch_sharding(mesh)
     spread, gather, sampler = (lambda x: x), (lambda x: x), policy
     if stage.rollout_mesh:
-        sampler = make_model(policy.config, setup.rollout_mesh, stage.run)
+        sampler = make_model(policy.config, rollout_mesh, stage.run)
         shapes = jax.eval_shape(sampler.init, jax.random.key(0))
-        places = param_shardings(sampler.axes(), shapes, setup.rollout_mesh)
+        places = param_shardings(sampler.axes(), shapes, rollout_mesh)
         spread = lambda params: jax.device_put(params, places)  # noqa: E731
         gather = lambda samples: jax.device_put(samples, rows)  # noqa: E731
     return Phases(
         spread=spread,
-        sample=make_sample(sampler, tok, stage.sampling, setup.rollout_mesh),
+        sample=make_sample(sampler, vocab, stage.sampling, rollout_mesh),
         gather=gather,
         score=jax.jit(score, in_shardings=(shardings.params, None, rows, None, None), out_shardings=(rows, whole)),
         update=jax.jit(make_ppo_update(step, stage.epochs, stage.minibatches), in_shardings=(shardings, rows),
@@ -274,9 +290,9 @@ def make_phases(setup: Setup, shardings: TrainState, offsets: dict) -> Phases:
 def mean_scores(setup: Setup, state: TrainState) -> dict:
     """The mean score that each PM gives the initial policy's replies to the held-out prompts: what later scores are above."""
     stage, tok = setup.stage, setup.tok
-    sample = make_sample(setup.models["policy"], tok, stage.sampling, setup.mesh)
+    sample = make_sample(setup.models["policy"], tok.vocabulary, stage.sampling, setup.mesh)
     names = {"reward": setup.frozen["reward"]} | {f"tests.{ref}": p for ref, p in setup.frozen["tests"].items()}
-    judges = {name: make_judge(setup.models[name], tok, setup.mesh) for name in names}
+    judges = {name: make_judge(setup.models[name], tok.vocabulary, setup.mesh) for name in names}
     chosen, key = even_rows(setup.held_out.size, stage.eval_prompts), jax.random.fold_in(sampling_key(setup), EVALUATION)
     scores = {name: [] for name in names}
     for places, real in row_batches(len(chosen), stage.batch_size):
@@ -303,10 +319,9 @@ def sampling_key(setup: Setup):
     return jax.random.fold_in(jax.random.key(setup.ctx.seed), SAMPLING)
 
 
-def iteration_flops(setup: Setup) -> float:
+def iteration_flops(stage: PPO, models: dict) -> float:
     """Model FLOPs of an iteration at full length: sampling, one forward of every judge and the value network, and three of
     policy and value an epoch."""
-    stage, models = setup.stage, setup.models
     rows, width = stage.batch_size, stage.prompt_len + stage.sampling.max_new_tokens
     forward = {name: roofline.forward_flops(model.config, rows, width) for name, model in models.items()}
     logits = {name: roofline.logits_flops(models[name].config, rows * stage.sampling.max_new_tokens) for name in ("policy", "kl_to")}

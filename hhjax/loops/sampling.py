@@ -26,7 +26,7 @@ from hhjax.objectives.preference import end_scores
 from hhjax.sharding import batch_host, batch_sharding, check_batch, make_mesh, put_batch, replicated
 from hhjax.train.rollout import closed_rows
 from hhjax.train.state import decayed
-from hhjax.types import Model, Params, Samples, Tokens
+from hhjax.types import Model, Params, Samples, Tokens, Vocabulary
 
 EVALUATION = 2**32 - 1  # the child of a sampling key that held-out prompts are answered with
 
@@ -63,19 +63,19 @@ def load_prompts(data: ComparisonData, split: str, ctx: StageContext, tok: Token
     return PromptSource((row.prompt for row in rows), tok, width, batch_size)
 
 
-def make_sample(model: Model, tok: Tokenizer, cfg: Sampling, mesh):
+def make_sample(model: Model, vocab: Vocabulary, cfg: Sampling, mesh):
     """sample(params, prompts, row_ids, key) -> Samples, compiled for a mesh; prompts and row_ids split over the batch."""
     rows = batch_sharding(mesh)
 
     def sample(params, prompts, row_ids, key):
-        return generate(model, params, prompts, row_ids, key, tok.vocabulary, cfg)
+        return generate(model, params, prompts, row_ids, key, vocab, cfg)
 
     return jax.jit(sample, in_shardings=(None, rows, rows, None), out_shardings=rows)
 
 
-def make_judge(model: Model, tok: Tokenizer, mesh):
+def make_judge(model: Model, vocab: Vocabulary, mesh):
     """judge(params, samples) -> the PM's score of every sample, [B] on every device."""
-    score = lambda params, samples: end_scores(model, params, closed_rows(samples, tok.vocabulary))  # noqa: E731
+    score = lambda params, samples: end_scores(model, params, closed_rows(samples, vocab))  # noqa: E731
     return jax.jit(score, out_shardings=replicated(mesh))
 
 
@@ -112,8 +112,8 @@ def reply_texts(rows: Tokens, tok: Tokenizer) -> list[str]:
 
 
 def run_best_of_n(stage: BestOfN, ctx: StageContext) -> None:
-    """Writes evals/best_of_n.json: for every n the KL and the mean score by the PM that chose and by the test PMs, with
-    standard errors over prompts; samples/best_of_n.jsonl; and table.txt."""
+    """Writes evals/best_of_n.json: for every n the KL and the mean score, above that of one reply, by the PM that chose and
+    by the test PMs, with standard errors over prompts; evals/table.txt; and samples/best_of_n.jsonl."""
     mesh = make_mesh(stage.mesh)
     check_batch(stage.batch_size, mesh)
     judges = {"reward": stage.reward} | {f"tests.{ref}": ref for ref in stage.tests}
@@ -126,7 +126,8 @@ def run_best_of_n(stage: BestOfN, ctx: StageContext) -> None:
     scores, texts = draw_and_judge(stage, key, found, "policy", list(judges), source, rows, mesh)
     if jax.process_index():
         return
-    by_pm = {name.removeprefix("tests."): scores[name].reshape(len(chosen), most) for name in judges}
+    # Above the mean of one reply, as PPO's scores are above the initial policy's.
+    by_pm = {name.removeprefix("tests."): (s - s.mean()).reshape(len(chosen), most) for name, s in scores.items()}
     table = []
     for n in sorted(stage.ns):
         means = {name: best_of_n_mean(by_pm["reward"], s, n) for name, s in by_pm.items()}
@@ -139,7 +140,7 @@ def run_best_of_n(stage: BestOfN, ctx: StageContext) -> None:
     for row in table:
         cells = (f"{s['mean']:+.3f} ± {s['se'] or 0:.3f}" for s in row["scores"].values())
         lines.append(f"{row['n']:>4}{row['kl']:>8.3f}" + "".join(f"{cell:>18}" for cell in cells))
-    text = "\n".join([f"best of n by {stage.reward}, {len(chosen)} held-out prompts, mean PM score ± standard error", *lines])
+    text = "\n".join([f"best of n by {stage.reward}, {len(chosen)} held-out prompts, PM score above one reply's, ± standard error", *lines])
     write_atomically(ctx.dir / "evals" / "table.txt", text + "\n")
     print(text)
     best = by_pm["reward"].argmax(1)
@@ -151,8 +152,8 @@ def run_best_of_n(stage: BestOfN, ctx: StageContext) -> None:
 def draw_and_judge(stage, key, found: Mapping[str, Loaded], policy: str, judges, source: PromptSource, rows: np.ndarray, mesh):
     """A reply to the prompt of every row (with its place as id), its scores by name [len(rows)], and its text."""
     tok = found[policy].tokenizer
-    sample = make_sample(found[policy].model, tok, stage.sampling, mesh)
-    judge = {name: make_judge(found[name].model, tok, mesh) for name in judges}
+    sample = make_sample(found[policy].model, tok.vocabulary, stage.sampling, mesh)
+    judge = {name: make_judge(found[name].model, tok.vocabulary, mesh) for name in judges}
     params = {name: frozen(found[name], stage.run) for name in (policy, *judges)}
     scores, texts = {name: [] for name in judges}, []
     for places, real in row_batches(len(rows), stage.batch_size):

@@ -62,7 +62,7 @@ class RunConfig:
 
     remat: "none", "dots" (keep matrix products) or "full" (keep block inputs only).
     unroll: layers per scan step; 0 is all of up to 8 on CPU, where it saves a third, and one elsewhere. dtype: "float32", "bfloat16", or "auto" (bfloat16 on GPU and TPU);
-    parameters are f32 always. barrier: "auto" (CPU only), "on" or "off", see `gradient_barrier`.
+    parameters are f32 always. barrier: "auto" (CPU only), "on" or "off", see `product`.
     """
 
     remat: str = field(default="none", metadata={"identity": False})
@@ -245,18 +245,17 @@ class Block(nn.Module):
 
     def mlp(self, x):
         cfg = self.cfg
-        h = x @ self.weight("up", (cfg.width, cfg.mlp_width), ("embed", "mlp"), cfg.width)
+        dense = product if self.barrier else jnp.matmul
+        h = dense(x, self.weight("up", (cfg.width, cfg.mlp_width), ("embed", "mlp"), cfg.width))
         if cfg.mlp_bias:
             h = h + self.vector("up_bias", (cfg.mlp_width,), ("mlp",)).astype(self.dtype)
-        if self.barrier:
-            h = gradient_barrier(h)
         activation = ACTIVATIONS[cfg.activation]
         if cfg.gated_mlp:
-            h = h * activation(x @ self.weight("gate", (cfg.width, cfg.mlp_width), ("embed", "mlp"), cfg.width))
+            h = h * activation(dense(x, self.weight("gate", (cfg.width, cfg.mlp_width), ("embed", "mlp"), cfg.width)))
         else:
             h = activation(h)
         down = self.weight("down", (cfg.mlp_width, cfg.width), ("mlp", "embed"), cfg.mlp_width, (2 * cfg.layers) ** -0.5)
-        y = h @ down
+        y = dense(h, down)
         if cfg.mlp_bias:
             y = y + self.vector("down_bias", (cfg.width,), (None,)).astype(self.dtype)
         return y
@@ -361,13 +360,23 @@ def write(buffer, update, start):
 
 
 @jax.custom_vjp
-def gradient_barrier(x):
-    """Identity whose backward pass stops fusion. On CPU, XLA otherwise evaluates GELU's derivative inside the
-    strided copy that feeds the weight gradient, element by element: a quarter of a training step."""
-    return x
+def product(x, w):
+    """x @ w, [..., D] @ [D, F], whose weight gradient transposes the narrower operand. On CPU, XLA otherwise transposes the
+    wide one and evaluates the activation's derivative inside that strided copy, element by element: a third of a step."""
+    return x @ w
 
 
-gradient_barrier.defvjp(lambda x: (x, None), lambda _, g: (jax.lax.optimization_barrier(g),))
+def _product_backward(kept, g):
+    x, w = kept
+    rows, g_rows = x.reshape(-1, x.shape[-1]), g.reshape(-1, g.shape[-1])
+    if x.shape[-1] <= g.shape[-1]:
+        dw = jax.lax.optimization_barrier(rows.T) @ g_rows
+    else:
+        dw = (jax.lax.optimization_barrier(g_rows.T) @ rows).T
+    return g @ w.T, dw
+
+
+product.defvjp(lambda x, w: (x @ w, (x, w)), _product_backward)
 
 
 def config_to_json(cfg: ModelConfig) -> dict:

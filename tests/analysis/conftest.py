@@ -1,7 +1,9 @@
-"""Synthetic evaluations."""
+"""Synthetic evaluations, and a figure read back."""
 
+import csv
 from pathlib import Path
 
+import matplotlib.image
 import numpy as np
 import pytest
 
@@ -9,6 +11,24 @@ from hhjax.analysis.runs import Result
 from hhjax.analysis.scores import Scores
 
 KINDS = ("helpful-base", "harmless-base")
+
+
+@pytest.fixture(scope="session")
+def read():
+    """The CSV of a figure as {(panel, line): [points, (x, y, low, high)]}; its PNG must be a picture with something on it."""
+
+    def read_figure(path) -> dict:
+        picture = matplotlib.image.imread(path.with_suffix(".png"))
+        assert min(picture.shape[:2]) > 400 and picture.std() > 0.05
+        found = {}
+        with path.with_suffix(".csv").open() as f:
+            for row in csv.DictReader(f):
+                found.setdefault((row["panel"], row["line"]), []).append([float(row[n]) for n in ("x", "y", "low", "high")])
+        points = {name: np.array(rows) for name, rows in found.items()}
+        assert all(np.all(p[:, 2] <= p[:, 1]) and np.all(p[:, 1] <= p[:, 3]) for p in points.values())
+        return points
+
+    return read_figure
 
 
 @pytest.fixture(scope="session")

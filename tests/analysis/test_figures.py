@@ -1,9 +1,7 @@
 """Figures: the numbers in their CSV are those of the scores, and the sentence says the same."""
 
-import csv
 import sys
 
-import matplotlib.image
 import numpy as np
 import pytest
 
@@ -12,24 +10,11 @@ from hhjax.analysis.plotting import plot
 from hhjax.analysis.scores import write_summary
 
 
-def read(path) -> dict:
-    """The CSV as {(panel, line): [points, (x, y, low, high)]}; the PNG must be a picture with something on it."""
-    picture = matplotlib.image.imread(path.with_suffix(".png"))
-    assert min(picture.shape[:2]) > 400 and picture.std() > 0.05
-    found = {}
-    with path.with_suffix(".csv").open() as f:
-        for row in csv.DictReader(f):
-            found.setdefault((row["panel"], row["line"]), []).append([float(row[n]) for n in ("x", "y", "low", "high")])
-    points = {name: np.array(rows) for name, rows in found.items()}
-    assert all(np.all(p[:, 2] <= p[:, 1]) and np.all(p[:, 1] <= p[:, 3]) for p in points.values())
-    return points
-
-
 def accuracy(scores) -> float:
     return float(np.mean(scores.chosen > scores.rejected))
 
 
-def test_accuracy_by_data_and_by_size(make_result, tmp_path):
+def test_accuracy_by_data_and_by_size(make_result, read, tmp_path):
     sizes = {"0.1M": 98_304, "1M": 1_000_000}
     grid = [(s, n) for s in sizes for n in (100, 200, 400)]
     results = [make_result(i, size=s, parameters=sizes[s], comparisons=n) for i, (s, n) in enumerate(grid)]
@@ -43,14 +28,14 @@ def test_accuracy_by_data_and_by_size(make_result, tmp_path):
     assert f"400 pairs: {y[2]:.3f} at 98,304 parameters, {y[5]:.3f} at 1,000,000 (" in found
 
 
-def test_seeds_of_a_point_are_pooled(make_result, tmp_path):
+def test_seeds_of_a_point_are_pooled(make_result, read, tmp_path):
     results = [make_result(i) for i in range(3)]
     found = accuracy_figure(results, tmp_path / "one")
     mean = np.mean([accuracy(r.scores) for r in results])
     assert read(tmp_path / "one")["comparisons", "1M"][:, 1] == pytest.approx([mean]) and f"{mean:.3f} [" in found
 
 
-def test_mixture(make_result, tmp_path):
+def test_mixture(make_result, read, tmp_path):
     shares = (0.0, 0.5, 1.0)
     results = [make_result(i, shares={"harmless-base": s}) for i, s in enumerate(shares)]
     found = mixture_figure(results, tmp_path / "mixture")
@@ -80,7 +65,7 @@ def test_models_of_different_training_are_not_pooled(make_result, tmp_path):
             figure(results, tmp_path / "mixed")
 
 
-def test_seeds_do_not_narrow_the_intervals_of_calibration(make_result, tmp_path):
+def test_seeds_do_not_narrow_the_intervals_of_calibration(make_result, read, tmp_path):
     widths = []
     for count in (1, 4):
         calibration_figure([make_result(0)] * count, tmp_path / f"c{count}", bins=2)
@@ -89,7 +74,7 @@ def test_seeds_do_not_narrow_the_intervals_of_calibration(make_result, tmp_path)
     assert widths[1] > 0.9 * widths[0]
 
 
-def test_calibration(make_result, tmp_path):
+def test_calibration(make_result, read, tmp_path):
     result = make_result(0, rows=400, kinds=("helpful-base",))
     found = calibration_figure([result], tmp_path / "calibration", bins=4)
     size = np.abs(result.scores.margin)
@@ -103,7 +88,7 @@ def test_calibration(make_result, tmp_path):
     assert found == f"helpful-base: calibration error {error:.3f}, {word}-confident by {abs(gap):.3f} on average."
 
 
-def test_turns(make_result, tmp_path):
+def test_turns(make_result, read, tmp_path):
     result = make_result(0, rows=600)
     found = turn_figure([result], tmp_path / "turns", most_turns=3)
     turn = np.minimum(result.scores.turns, 3)

@@ -1,4 +1,4 @@
-"""The decoder: parameter counts, causality, padding, the cache, remat, the gradient barrier, precision."""
+"""The decoder: parameter counts, causality, padding, the cache, remat, the product with its own backward, precision."""
 
 from dataclasses import replace
 
@@ -101,7 +101,7 @@ def test_remat_and_unrolling_change_the_program_but_not_the_gradient(run):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6, rtol=1e-4), grads, other_grads)
 
 
-def test_the_gradient_barrier_is_an_identity_that_is_really_there():
+def test_the_cpu_product_gives_the_same_gradients_another_way():
     program, grads = gradient(TINY, RunConfig(barrier="off"))
     other_program, other_grads = gradient(TINY, RunConfig(barrier="on"))
     assert "optimization_barrier" in str(other_program) and "optimization_barrier" not in str(program)

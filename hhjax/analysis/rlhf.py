@@ -1,0 +1,177 @@
+"""Curves of PPO runs: reward against samples and against sqrt(KL), their linear fit, and where train and test PM part."""
+
+import json
+from collections import defaultdict
+from collections.abc import Sequence
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import NamedTuple
+
+import matplotlib.pyplot as plt
+import numpy as np
+
+from hhjax.analysis.figures import COLORS, Line, finish, legend
+from hhjax.io.metrics import read_rows
+
+WINDOW = 9  # iterations that a point of a smoothed curve is a mean of
+
+
+class Curve(NamedTuple):
+    """One PPO run, an entry an iteration. scores: PM -> [N] mean score above the initial policy's; the first PM is the one
+    that was trained on. label: what tells it from the others but for the seed."""
+
+    run: str
+    label: str
+    seed: int
+    samples: np.ndarray
+    sqrt_kl: np.ndarray
+    scores: dict[str, np.ndarray]
+
+
+class Best(NamedTuple):
+    """One BestOfN stage: n, sqrt(KL), and PM -> mean score above one sample's."""
+
+    run: str
+    ns: list[int]
+    sqrt_kl: np.ndarray
+    scores: dict[str, np.ndarray]
+
+
+class Fit(NamedTuple):
+    """score = intercept + slope * sqrt(KL), over the points up to `most`."""
+
+    slope: float
+    intercept: float
+    r2: float
+    most: float
+
+
+def load_curves(index: Path, only: str = "*") -> tuple[list[Curve], list[Best]]:
+    """PPO runs and rejection sampling of an experiment. Raises ValueError where no PPO run has rows yet."""
+    if not Path(index).is_file():
+        raise ValueError(f"there is no {index}; give OUT/experiments/<experiment>.json")
+    found, out = json.loads(Path(index).read_text()), Path(index).parent.parent
+    curves, best = [], []
+    for run, stages in found["runs"].items():
+        for folder in (stages.values() if fnmatch(run, only) else ()):
+            if folder.startswith("ppo/") and (rows := [r for r in read_rows(out / folder / "metrics.jsonl") if "score" in r]):
+                curves.append(read_curve(out / folder, run, found["experiment"], rows))
+            if folder.startswith("best_of_n/") and (out / folder / "evals" / "best_of_n.json").is_file():
+                best.append(read_best(out / folder, run))
+    if not curves:
+        raise ValueError(f"no PPO run of {index} that matches {only!r} has rows yet; run the experiment first")
+    return curves, best
+
+
+def read_curve(folder: Path, run: str, experiment: str, rows: list[dict]) -> Curve:
+    config = json.loads((folder / "config.json").read_text())
+    tests = [n.removeprefix("test/") for n in rows[0] if n.startswith("test/") and not n.endswith(("_p10", "_p50", "_p90"))]
+    column = lambda name: np.array([row[name] for row in rows], float)  # noqa: E731
+    reward = Path(config["config"]["reward"]).name
+    label = ",".join(part for part in run.split(",") if not part.startswith("seed=")) or experiment
+    if label == run and "=" not in run:
+        label = experiment
+    samples = config["config"]["batch_size"] * column("step")
+    scores = {reward: column("score")} | {Path(t).name: column(f"test/{t}") for t in tests}
+    return Curve(run, label, config["seed"], samples, column("sqrt_kl"), scores)
+
+
+def read_best(folder: Path, run: str) -> Best:
+    config, rows = (json.loads((folder / n).read_text()) for n in ("config.json", "evals/best_of_n.json"))
+    rows = rows["rows"]
+    names = {"reward": Path(config["config"]["reward"]).name} | {t: Path(t).name for t in config["config"]["tests"]}
+    scores = {short: np.array([row["scores"][name]["mean"] for row in rows]) for name, short in names.items()}
+    return Best(run, [row["n"] for row in rows], np.sqrt([row["kl"] for row in rows]), scores)
+
+
+def linear_fit(x, y, most: float = np.inf) -> Fit:
+    """Least squares over the points with x <= most. R² is nan where y does not vary. Raises ValueError on fewer than three points."""
+    x, y = np.asarray(x, float), np.asarray(y, float)
+    kept = x <= most
+    if kept.sum() < 3:
+        raise ValueError(f"{kept.sum()} points with sqrt(KL) <= {most} give no line; choose a larger limit")
+    x, y = x[kept], y[kept]
+    slope, intercept = np.polyfit(x, y, 1)
+    spread = np.sum((y - y.mean()) ** 2)
+    r2 = 1 - np.sum((y - intercept - slope * x) ** 2) / spread if spread else np.nan
+    return Fit(float(slope), float(intercept), float(r2), float(x.max()))
+
+
+def smoothed(x, window: int = WINDOW) -> np.ndarray:
+    """Means over `window` neighbouring entries, fewer at the ends."""
+    x = np.asarray(x, float)
+    sums = np.concatenate([[0.0], np.cumsum(x)])
+    at = np.arange(len(x))
+    low, high = np.maximum(at - window // 2, 0), np.minimum(at + window // 2 + 1, len(x))
+    return (sums[high] - sums[low]) / (high - low)
+
+
+def parting(train, test, window: int = WINDOW) -> int | None:
+    """The iteration (from 0) from which on the smoothed train score stays above the smoothed test score by more than at the start.
+
+    "More" is two standard errors of a smoothed gap, estimated from the gap's own scatter about it. None: it never parts.
+    """
+    gap = np.asarray(train, float) - np.asarray(test, float)
+    smooth = smoothed(gap, window)
+    error = np.std(gap - smooth) / np.sqrt(window)
+    beyond = smooth - np.mean(gap[:window]) > 2 * np.sqrt(2) * error
+    if not beyond[-1]:
+        return None
+    return int(len(beyond) - np.argmin(beyond[::-1])) if not beyond.all() else 0
+
+
+def reward_figure(curves: Sequence[Curve], best: Sequence[Best], path: Path, most: float = np.inf) -> str:
+    """Figures 4, 13 and 33: scores on the training PM (solid) and the test PMs (dashed) against samples and sqrt(KL).
+
+    Curves are smoothed for the eye; fits, up to sqrt(KL) = most, are of the raw points of all seeds of a label.
+    """
+    groups = defaultdict(list)
+    for curve in curves:
+        groups[curve.label].append(curve)
+    fig, axes = plt.subplots(1, 2, figsize=(10.5, 4.4), sharey=True)
+    found, panels = [], {"samples": [], "sqrt_kl": []}
+    for color, (label, group) in zip(COLORS * len(groups), groups.items()):
+        for number, curve in enumerate(group):
+            for style, (pm, score) in zip(("-", *["--", ":", "-."] * len(curve.scores)), curve.scores.items()):
+                role = "train" if style == "-" else "test"
+                name = f"{label}: {role} {pm}" if number == 0 else None
+                for ax, x, panel in ((axes[0], curve.samples, "samples"), (axes[1], smoothed(curve.sqrt_kl), "sqrt_kl")):
+                    ax.plot(x, smoothed(score), style, color=color, lw=1.3, alpha=0.8, label=name if panel == "samples" else None)
+                    raw = curve.samples if panel == "samples" else curve.sqrt_kl
+                    panels[panel].append(Line(f"{curve.run}: {role} {pm}", raw, score, score, score))
+        found.append(fits_in_words(label, group, axes[1], color, most))
+    for number, stage in enumerate(best):
+        for marker, (pm, score) in zip("os^D", stage.scores.items()):
+            axes[1].plot(stage.sqrt_kl, score, marker, color="black", mfc="none", ms=5, ls="none",
+                         label=f"best of n, {pm}" if number == 0 else None)  # fmt: skip
+            panels["sqrt_kl"].append(Line(f"{stage.run}: best of n, {pm}", stage.sqrt_kl, score, score, score))
+        found.append(f"Best of {stage.ns[-1]} gains {', '.join(f'{s[-1]:+.2f} on {pm}' for pm, s in stage.scores.items())} "
+                     f"at sqrt(KL) {stage.sqrt_kl[-1]:.2f}.")  # fmt: skip
+    axes[0].set(xlabel="samples", ylabel="PM score above the initial policy's")
+    axes[1].set(xlabel=r"$\sqrt{D_{KL}(\pi \| \pi_0)}$, $\sqrt{nats}$")
+    for ax in axes:
+        ax.spines[["top", "right"]].set_visible(False)
+    legend(axes[0])
+    if best:
+        legend(axes[1])
+    claim = "Paper (Figs. 4, 13): reward grows about linearly in sqrt(KL); train and test PMs agree at first, then part."
+    return finish(fig, path, claim, " ".join(found), panels)
+
+
+def fits_in_words(label: str, group: Sequence[Curve], ax, color: str, most: float) -> str:
+    """The fit on the training PM and each test PM over all seeds of a label, drawn, and where train and test part."""
+    x = np.concatenate([c.sqrt_kl for c in group])
+    parts = []
+    for number, pm in enumerate(group[0].scores):
+        fit = linear_fit(x, np.concatenate([c.scores[pm] for c in group]), most)
+        if number == 0:
+            ends = np.array([0, fit.most])
+            ax.plot(ends, fit.intercept + fit.slope * ends, color=color, lw=0.8, alpha=0.5)
+        role = "train" if number == 0 else "test"
+        parts.append(f"{role} {pm}: {fit.intercept:+.2f} {fit.slope:+.2f} sqrt(KL), R² {fit.r2:.2f}")
+    names = list(group[0].scores)
+    gone = [(c, parting(c.scores[names[0]], np.mean([c.scores[n] for n in names[1:]], 0))) for c in group] if names[1:] else []
+    where = [f"{smoothed(c.sqrt_kl)[at]:.2f}" if at is not None else "never" for c, at in gone]
+    told = f"; train and test part at sqrt(KL) {', '.join(where)}" if where else ""
+    seeds = f" ({len(group)} seeds)" if len(group) > 1 else ""
+    return f"{label}{seeds}, sqrt(KL) up to {min(most, x.max()):.1f}: {'; '.join(parts)}{told}."

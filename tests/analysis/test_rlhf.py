@@ -1,0 +1,80 @@
+"""Reward curves from run directories: fits of known lines, where two curves part, and what the figure says."""
+
+import json
+
+import numpy as np
+import pytest
+
+from hhjax.analysis.rlhf import linear_fit, load_curves, parting, reward_figure, smoothed
+
+
+def test_a_line_is_found():
+    x = np.linspace(0, 4, 50)
+    fit = linear_fit(x, 0.3 + 1.7 * x)
+    assert (fit.slope, fit.intercept, fit.r2, fit.most) == pytest.approx((1.7, 0.3, 1.0, 4.0))
+    bent = np.minimum(x, 2)
+    assert linear_fit(x, bent, most=2).r2 == pytest.approx(1) and linear_fit(x, bent).r2 < 0.9
+    with pytest.raises(ValueError, match="give no line"):
+        linear_fit(x, x, most=0.01)
+
+
+def test_smoothing_keeps_lines_and_ends():
+    np.testing.assert_allclose(smoothed(np.ones(20)), 1)
+    np.testing.assert_allclose(smoothed(np.arange(20.0))[4:-4], np.arange(4.0, 16.0))
+
+
+def test_where_two_curves_part():
+    rng = np.random.default_rng(0)
+    noise = lambda: 0.05 * rng.normal(size=200)  # noqa: E731
+    test = np.linspace(0, 1, 200)
+    apart = np.maximum(np.arange(200) - 100, 0) / 100
+    assert parting(test + noise(), test + noise()) is None
+    assert parting(test + apart + noise(), test + noise()) == pytest.approx(105, abs=10)
+    back = np.where(np.arange(200) < 150, apart, 0)  # it comes back: they have not parted
+    assert parting(test + back + noise(), test + noise()) is None
+
+
+@pytest.fixture
+def index(tmp_path):
+    """Two seeds whose training score is twice sqrt(KL), and a test score that stays behind; and a best of n."""
+    runs = {}
+    for seed in (0, 1):
+        folder = tmp_path / "ppo" / f"0.4M-s{seed}"
+        folder.mkdir(parents=True)
+        x = np.linspace(0, 3, 60)
+        rng = np.random.default_rng(seed)
+        rows = [{"step": i + 1, "score": 2 * k + 0.02 * rng.normal(), "score_p50": 0.0, "test/pm_test": min(k, 1.5) * 2,
+                 "test/pm_test_p50": 0.0, "sqrt_kl": k} for i, k in enumerate(x)]  # fmt: skip
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in [{"step": 0, "eval/score": 0.0}, *rows]))
+        (folder / "config.json").write_text(json.dumps({"seed": seed, "config": {"reward": "pm", "batch_size": 64, "tests": ["pm_test"]}}))
+        runs[f"lm.model=0.4M,seed={seed}"] = {"ppo": f"ppo/0.4M-s{seed}"}
+    best = tmp_path / "best_of_n" / "x"
+    (best / "evals").mkdir(parents=True)
+    (best / "config.json").write_text(json.dumps({"config": {"reward": "pm", "tests": ["pm_test"]}}))
+    scores = lambda x: {"reward": {"mean": x, "se": 0.1}, "pm_test": {"mean": x / 2, "se": 0.1}}  # noqa: E731
+    rows = [{"n": n, "kl": k, "scores": scores(s)} for n, k, s in ((1, 0.0, 0.0), (16, 1.84, 2.5))]
+    (best / "evals" / "best_of_n.json").write_text(json.dumps({"prompts": 8, "rows": rows}))
+    runs["lm.model=0.4M,seed=0"]["best"] = "best_of_n/x"
+    path = tmp_path / "experiments" / "rlhf.json"
+    path.parent.mkdir()
+    path.write_text(json.dumps({"experiment": "rlhf", "file": "", "runs": runs}))
+    return path
+
+
+def test_the_figure_holds_the_rows_and_says_the_fit(index, read, tmp_path):
+    curves, best = load_curves(index)
+    assert [c.label for c in curves] == ["lm.model=0.4M"] * 2 and len(best) == 1
+    found = reward_figure(curves, best, tmp_path / "figure")
+    points = read(tmp_path / "figure")
+    np.testing.assert_allclose(points["samples", "lm.model=0.4M,seed=1: train pm"][:, 0], 64 * np.arange(1, 61))
+    np.testing.assert_allclose(points["sqrt_kl", "lm.model=0.4M,seed=0: best of n, pm_test"][:, :2], [[0, 0], [1.84**0.5, 1.25]])
+    assert "(2 seeds)" in found and "+2.00 sqrt(KL), R² 1.00" in found and "train and test part at sqrt(KL) 1." in found
+    assert "Best of 16 gains +2.50 on pm, +1.25 on pm_test" in found
+    assert "up to 1.0" in reward_figure(curves, [], tmp_path / "less", most=1.0)
+
+
+def test_without_runs_it_says_so(index, tmp_path):
+    with pytest.raises(ValueError, match="no PPO run"):
+        load_curves(index, only="nothing*")
+    with pytest.raises(ValueError, match="there is no"):
+        load_curves(tmp_path / "none.json")

@@ -1,0 +1,80 @@
+"""Rejection sampling, fresh comparisons and the chat, from tiny trained models."""
+
+import gzip
+import json
+
+import numpy as np
+import pytest
+
+from hhjax.data.comparisons import ComparisonData, read_comparisons
+from hhjax.experiment import BestOfN, Comparisons
+from hhjax.fields import ConfigError
+from hhjax.io.metrics import read_events, read_rows
+from hhjax.loops.chat import talk
+from hhjax.loops.sampling import run_best_of_n, run_comparisons
+from hhjax.model.generate import Sampling
+
+PAIRS = ComparisonData(sources=("pairs.jsonl",))
+SMALL = {"data": PAIRS, "prompt_len": 32, "sampling": Sampling(8), "batch_size": 16}
+
+
+def test_best_of_n_gains_with_n(pipeline, context, tmp_path):
+    stage = BestOfN("best", policy=str(pipeline["lm"]), reward=str(pipeline["pm"]), tests=(str(pipeline["pm_test"]),), ns=(1, 2, 8),
+                    prompts=10, **SMALL)  # fmt: skip
+    run_best_of_n(stage, context(stage, tmp_path / "run"))
+    found = json.loads((tmp_path / "run" / "evals" / "best_of_n.json").read_text())
+    assert found["prompts"] == 10 and [row["n"] for row in found["rows"]] == [1, 2, 8]
+    means = [row["scores"]["reward"]["mean"] for row in found["rows"]]
+    assert abs(means[0]) < 1e-6 and means[0] < means[1] < means[2]
+    assert found["rows"][2]["kl"] == pytest.approx(np.log(8) - 7 / 8)
+    rows = read_rows(tmp_path / "run" / "samples" / "best_of_n.jsonl")
+    assert len(rows) == 10 and np.mean([r["score"] for r in rows]) == pytest.approx(means[2], abs=1e-5)
+    assert "best of n" in (tmp_path / "run" / "evals" / "table.txt").read_text()
+
+
+def make_comparisons(pipeline, **changes) -> Comparisons:
+    policies = (str(pipeline["lm"]), str(pipeline["lm"]))
+    fields = {"policies": policies, "labeler": str(pipeline["pm"]), "prompts": 40} | SMALL | changes
+    return Comparisons("fresh", **fields)
+
+
+def test_fresh_comparisons_are_read_like_any_others(pipeline, context, tmp_path):
+    stage = make_comparisons(pipeline, noise=0.0)
+    run_comparisons(stage, context(stage, tmp_path / "run"))
+    path = tmp_path / "run" / "comparisons.jsonl.gz"
+    rows, report = read_comparisons(path, strict=True)
+    [data] = [e for e in read_events(tmp_path / "run") if e["event"] == "data"]
+    dropped = sum(data[f"dropped_{name}"] for name in ("equal", "empty", "turn_marker"))
+    assert len(rows) == report.kept == data["comparisons"] == 40 - dropped and len(rows) > 20
+    with gzip.open(path, "rt") as f:
+        scores = [json.loads(line)["scores"] for line in f]
+    assert all(win > lose for win, lose in scores)  # without noise the labeler's better one wins
+
+
+def test_noise_turns_some_labels(pipeline, context, tmp_path):
+    stage = make_comparisons(pipeline, noise=1e6)
+    run_comparisons(stage, context(stage, tmp_path / "run"))
+    with gzip.open(tmp_path / "run" / "comparisons.jsonl.gz", "rt") as f:
+        scores = [json.loads(line)["scores"] for line in f]
+    share = np.mean([win > lose for win, lose in scores])
+    assert 0.2 < share < 0.8
+
+
+def test_the_best_of_each_policy_is_compared(pipeline, context, tmp_path):
+    mean = {}
+    for name, best_of in (("one", 1), ("eight", 8)):
+        ranker = {"ranker": str(pipeline["pm"])} if best_of > 1 else {}
+        stage = make_comparisons(pipeline, best_of=best_of, **ranker)
+        run_comparisons(stage, context(stage, tmp_path / name))
+        with gzip.open(tmp_path / name / "comparisons.jsonl.gz", "rt") as f:
+            mean[name] = np.mean([json.loads(line)["scores"] for line in f])
+    assert mean["eight"] > mean["one"]
+    with pytest.raises(ConfigError, match="need each other"):
+        make_comparisons(pipeline, best_of=4)
+
+
+def test_a_chat_answers_each_line(pipeline, capsys):
+    turns = talk(str(pipeline["lm"]), Sampling(6), lines=["the cat sat", "and then", "", "not read"])
+    assert [t.role for t in turns] == ["Human", "Assistant"] * 2
+    assert capsys.readouterr().out.count("Assistant:") == 2
+    assert talk(str(pipeline["lm"]), Sampling(6), lines=["the cat sat", "and then"]) == turns
