@@ -1,17 +1,23 @@
 """Every shipped experiment: it opens as DESIGN asks, its stages fit together, and the quickstart's runs to its report."""
 
 import gzip
+import inspect
 import json
+import os
 import random
 import re
+import subprocess
+import sys
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from hhjax.experiment import place
 from hhjax.fields import ConfigError
 from hhjax.flags import parse
+from hhjax.types import Rollout
 
 ROOT = Path(__file__).resolve().parent.parent
 FILES = sorted((ROOT / "experiments").glob("*.py"))
@@ -74,8 +80,8 @@ def test_the_stages_of_an_experiment_have_their_places(path, fast, hh_data, tmp_
     command, _ = parse([str(path), *fast], "hhjax run")
     for run in command.runs:
         placed = place(run, tmp_path, hh_data)
-        assert len({p.dir for p in placed}) == len(placed)
-        assert placed[-1].stage.kind == "report"
+        assert len({p.dir for p in placed}) == len({p.id for p in placed})  # equal stages of two names are one
+        assert placed[-1].stage.kind in ("report", "ppo", "comparisons")
 
 
 def test_the_changed_loss_is_under_ten_lines_and_changes_the_loss():
@@ -84,6 +90,52 @@ def test_the_changed_loss_is_under_ten_lines_and_changes_the_loss():
     assert len([line for line in body.splitlines() if line.strip()]) < 10
     command, _ = parse([str(ROOT / "experiments" / "pm_margin.py")], "hhjax run")
     assert [r.experiment.stage("pm").loss.margin for r in command.runs] == [0.0, 0.5, 1.0]
+
+
+def test_the_changed_ppo_losses_are_short_and_say_what_they_are():
+    """Under ten lines each. At ratio 1.5 and advantage 1 the clip pays 1.2, its absence 1.5; the penalty adds beta * k2 to the loss."""
+    command, _ = parse([str(ROOT / "experiments" / "ppo_losses.py")], "hhjax run")
+    stages = {run.experiment.name: run.experiment.stage("ppo") for run in command.runs}
+    for name in ("kl_in_loss", "unclipped"):
+        lines = inspect.getsource(stages[f"ppo_losses_{name}"].objective).splitlines()
+        assert len([line for line in lines if line.strip()]) < 10
+    mask, ones = np.ones((1, 3), bool), np.ones((1, 3), np.float32)
+    rollout = Rollout(None, mask, 0 * ones, -ones, 0 * ones, ones, 0 * ones)
+    actor = lambda params, rows: (params, 0 * ones, 0 * ones)  # noqa: E731
+    logp = np.log(1.5) * ones
+    value = {n: float(s.objective(actor, s.loss)(logp, rollout, None)[0]) for n, s in stages.items()}
+    assert value["ppo_losses_ppo"] == pytest.approx(-1.2)
+    assert value["ppo_losses_unclipped"] == pytest.approx(-1.5)
+    assert value["ppo_losses_kl_in_loss"] == pytest.approx(-1.2 + 0.001 * (1 + np.log(1.5)) ** 2 / 2, rel=1e-6)
+    assert stages["ppo_losses_kl_in_loss"].kl.beta == 0
+
+
+def test_robustness_scans_both_ways():
+    """Scan a: every policy under the largest PM; scan b: each under its own size. Judged by the other half's PMs."""
+    command, _ = parse([str(ROOT / "experiments" / "robustness.py"), "--sizes", "0.1M,0.4M"], "hhjax run")
+    pairs = [(run.experiment.stage("ppo").policy, run.experiment.stage("ppo").reward) for run in command.runs]
+    assert sorted(pairs) == [("lm_0_1M", "pm_0_1M"), ("lm_0_1M", "pm_0_4M"), ("lm_0_4M", "pm_0_4M")]
+    for run in command.runs:
+        for test in run.experiment.stage("ppo").tests:
+            assert run.experiment.stage(test).data.half == "B"
+        assert run.experiment.stage(run.experiment.stage("ppo").reward).data.half == "A"
+
+
+@pytest.mark.slow
+def test_ppo_and_rejection_sampling_go_from_data_to_figure(hh_data, hhjax, tmp_path):
+    args = ("run", ROOT / "experiments" / "best_of_n.py", "--fast", "--data-dir", hh_data, "--tok.vocab", 320)
+    process = hhjax(*args)
+    output, _ = process.communicate(timeout=600)
+    assert process.returncode == 0, output
+    [ppo] = (tmp_path / "runs" / "ppo").glob("*")
+    process = hhjax("show", ppo, "--samples")
+    shown, _ = process.communicate(timeout=60)
+    assert "[reply] " in shown and "[reply at 4] " in shown and "first_log_ratio_max" in shown
+    script = [sys.executable, ROOT / "scripts" / "plot_reward_vs_sqrt_kl.py", tmp_path / "runs" / "experiments" / "best_of_n.json"]
+    drawn = subprocess.run(script, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert drawn.returncode == 0, drawn.stderr
+    assert "Best of 4 gains" in drawn.stdout
+    assert (tmp_path / "runs" / "figures" / "best_of_n" / "reward_vs_sqrt_kl.png").stat().st_size > 5000
 
 
 @pytest.mark.slow
