@@ -40,7 +40,7 @@ def unclipped(actor, cfg):
 
 
 def runs(fast: bool = False, seeds: int = 1):
-    base = BASE
+    base = edit(edit(BASE, "ppo.epochs", 2), "ppo.minibatches", 2)  # with one update an iteration no ratio leaves 1
     for path, value in FAST_RL.items() if fast else ():
         base = edit(base, path, value)
     in_loss = edit(edit(base, "ppo.kl.beta", 0.0), "ppo.loss", KLLoss())
