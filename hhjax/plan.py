@@ -9,8 +9,9 @@ import numpy as np
 
 from hhjax import roofline
 from hhjax.data.tokenizer import load_tokenizer
-from hhjax.experiment import DEFAULT_SIZE, PM, Placed, Run, Tokenizer, Training, place, split_step
+from hhjax.experiment import DEFAULT_SIZE, PM, PPO, Placed, Run, Tokenizer, Training, place, split_step
 from hhjax.io.models import open_model
+from hhjax.loops.rlhf import iteration_flops, ppo_optimizer, ppo_shardings, roles
 from hhjax.model.sizes import matmul_params, model_config
 from hhjax.model.transformer import ModelConfig, make_model
 from hhjax.sharding import batch_ways, check_batch, make_mesh, param_shardings
@@ -31,6 +32,8 @@ def describe(run: Run, out: Path, data_dir: Path | None = None) -> str:
         lines.append(f"\n{p.stage.name} ({p.stage.kind}, {done})  {p.dir}")
         if isinstance(p.stage, Training):
             lines += [f"  {line}" for line in describe_training(p.stage, architecture(p, placed))]
+        if isinstance(p.stage, PPO):
+            lines += [f"  {line}" for line in describe_ppo(p.stage, {r: architecture_of(ref, p, placed) for r, ref in roles(p.stage).items()})]
     return "\n".join(lines)
 
 
@@ -71,6 +74,30 @@ def describe_training(stage: Training, cfg: ModelConfig) -> Iterator[str]:
     yield f"compiled  {memory.temp_size_in_bytes / 2**20:,.1f} MiB of temporaries a device, besides the state"
 
 
+def describe_ppo(stage: PPO, configs: dict[str, ModelConfig]) -> Iterator[str]:
+    """Models by role, state, and the work of an iteration at full length."""
+    mesh = make_mesh(stage.mesh)
+    check_batch(stage.batch_size // (stage.minibatches * stage.micro_batches), mesh)
+    models = {role: make_model(cfg, mesh, stage.run) for role, cfg in configs.items()}
+    shapes = {role: jax.eval_shape(model.init, jax.random.key(0)) for role, model in models.items()}
+    optimizer = ppo_optimizer(stage)
+    shardings = ppo_shardings(optimizer, models, mesh)
+    trained = {role: shapes[role] for role in optimizer.parts}
+    state = jax.eval_shape(lambda k: init_state(jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), trained), optimizer, k), jax.random.key(0))
+    yield f"mesh      {dict(mesh.shape)} over {mesh.size} devices ({mesh.devices.flat[0].device_kind})"
+    for role, cfg in configs.items():
+        kind = "trained" if role in trained else "frozen"
+        total = sum(x.size for x in jax.tree.leaves(shapes[role]))
+        yield f"  {role:<24}{cfg.layers} layers, width {cfg.width}, {total:,} parameters, {kind}"
+    width, new = stage.prompt_len + stage.sampling.max_new_tokens, stage.sampling.max_new_tokens
+    yield f"batch     {stage.batch_size} prompts of {stage.prompt_len} tokens and {new} new ones: {stage.batch_size * width:,} positions"
+    updates, flops = stage.epochs * stage.minibatches, iteration_flops(stage, models)
+    yield f"length    {stage.steps:,} iterations of {updates} updates; {flops:.3g} FLOPs an iteration, {flops * stage.steps:.3g} in all"
+    cache = 2 * models["policy"].config.layers * stage.batch_size * configs["policy"].kv_heads * width * configs["policy"].head_dim * 4
+    yield f"state     {bytes_per_device(state, shardings) / 2**20:,.1f} MiB a device (f32 weights and two moments of what is trained)"
+    yield f"cache     {cache / 2**20 / batch_ways(mesh):,.1f} MiB a device while sampling (f32)"
+
+
 def bytes_per_device(tree, shardings) -> int:
     """Bytes that one device holds of a tree of shapes under matching shardings."""
     sizes = jax.tree.map(lambda x, s: int(np.prod(s.shard_shape(x.shape))) * _item_bytes(x.dtype), tree, shardings)
@@ -87,10 +114,16 @@ def architecture(placed: Placed, run: dict[str, Placed]) -> ModelConfig:
     stage = placed.stage
     if not stage.init:
         return model_config(stage.model or DEFAULT_SIZE, vocabulary(stage.tokenizer, placed, run))
-    name, step = split_step(stage.init)
+    return architecture_of(stage.init, placed, run, stage.tokenizer)
+
+
+def architecture_of(ref: str, placed: Placed, run: dict[str, Placed], tokenizer: str | None = None) -> ModelConfig:
+    """The model behind a reference of a stage: of an earlier stage, or on disk."""
+    name, step = split_step(ref)
     if name in run:
-        return architecture(run[name], run)
-    return open_model(placed.parents[stage.init], step, vocabulary(stage.tokenizer or stage.init, placed, run)).config
+        stage = run[name].stage
+        return architecture_of(stage.policy, run[name], run) if isinstance(stage, PPO) else architecture(run[name], run)
+    return open_model(placed.parents[ref], step, vocabulary(tokenizer or ref, placed, run)).config
 
 
 def vocabulary(ref: str, placed: Placed, run: dict[str, Placed]) -> int:

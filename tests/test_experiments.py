@@ -124,6 +124,9 @@ def test_robustness_scans_both_ways():
 @pytest.mark.slow
 def test_ppo_and_rejection_sampling_go_from_data_to_figure(hh_data, hhjax, tmp_path):
     args = ("run", ROOT / "experiments" / "best_of_n.py", "--fast", "--data-dir", hh_data, "--tok.vocab", 320)
+    process = hhjax(*args, "--dry-run")
+    planned, _ = process.communicate(timeout=120)
+    assert process.returncode == 0 and "4 iterations of 1 updates" in planned, planned
     process = hhjax(*args)
     output, _ = process.communicate(timeout=600)
     assert process.returncode == 0, output

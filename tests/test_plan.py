@@ -6,8 +6,10 @@ import pytest
 from hhjax import plan
 from hhjax.data.comparisons import ComparisonData
 from hhjax.data.sources import TextData
-from hhjax.experiment import LM, PM, Evaluate, Experiment, Run, Tokenizer
+from hhjax.experiment import LM, PM, PPO, Evaluate, Experiment, Run, Tokenizer
+from hhjax.model.generate import Sampling
 from hhjax.model.sizes import model_config
+from hhjax.model.transformer import make_model
 from hhjax.sharding import MeshConfig
 
 TEXT, PAIRS = TextData(("text.jsonl",)), ComparisonData(("pairs.jsonl",))
@@ -70,3 +72,18 @@ def test_what_the_run_would_refuse_is_refused():
         lines_of(stage, model_config("0.1M", 320))
     with pytest.raises(ValueError, match="does not fill 8 devices"):
         lines_of(LM("lm", tokenizer="a/folder", mesh=MeshConfig(3)), model_config("0.1M", 320))
+
+
+def test_a_ppo_stage_in_numbers():
+    """Policy and value are trained and have moments, reference and reward do not."""
+    stage = PPO("ppo", policy="lm", reward="pm", data=PAIRS, prompt_len=96, sampling=Sampling(32), batch_size=64, steps=10,
+                epochs=2, minibatches=4)  # fmt: skip
+    big, small = model_config("1M", 512), model_config("0.4M", 512)
+    configs = {"policy": big, "kl_to": big, "reward": small, "value": small}
+    said = "\n".join(plan.describe_ppo(stage, configs))
+    count = lambda cfg: sum(x.size for x in jax.tree.leaves(jax.eval_shape(make_model(cfg).init, jax.random.key(0))))  # noqa: E731
+    assert f"policy                  3 layers, width 192, {count(big):,} parameters, trained" in said
+    assert f"reward                  2 layers, width 128, {count(small):,} parameters, frozen" in said
+    assert f"state     {12 * (count(big) + count(small)) / 2**20:,.1f} MiB" in said
+    assert "64 prompts of 96 tokens and 32 new ones: 8,192 positions" in said and "10 iterations of 8 updates" in said
+    assert f"cache     {2 * 3 * 64 * 192 * 128 * 4 / 2**20 / 8:,.1f} MiB" in said  # keys and values, f32, split 8 ways
