@@ -3,6 +3,7 @@
 Question   At two epochs of two minibatches, does either change the reward at a given distance from the initial policy?
 Figures    Reward against sqrt(KL), a line a loss.
 Expected   One frontier for all three: at small steps the clip seldom binds, and a beta of 0.001 is hardly felt anywhere.
+           (The two betas are not one strength: in the reward it is divided by the advantages' spread when those are whitened.)
 Cost       About 40 minutes on 2 cores beside pm_hh: two PMs, three policies.
 Command    hhjax sweep experiments/ppo_losses.py --jobs 1
            python scripts/plot_reward_vs_sqrt_kl.py runs/experiments/ppo_losses_*.json

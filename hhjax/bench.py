@@ -85,14 +85,15 @@ def ppo(cfg: PPOBench) -> dict:
     policy, value, reference, reward = (init(jax.random.key(i)) for i in (0, 1, 0, 2))
     state = init_state({"policy": policy, "value": value}, optimizer, jax.random.key(0))
     frozen = {"reference": reference, "reward": reward, "tests": {}}
-    phases = rlhf.make_phases(stage, models, vocab, mesh, mesh, shardings, {"reward": 0.0, "tests": {}})
+    phases = rlhf.make_phases(stage, models, vocab, mesh, mesh, shardings)
+    offsets = {"reward": 0.0, "value": 0.0, "tests": {}}
     rng, readings = np.random.default_rng(0), []
     for i in range(cfg.warmup + cfg.repeats):
         full = np.full(cfg.batch, cfg.prompt, np.int32)
         rows = Tokens(rng.integers(2, cfg.vocab, (cfg.batch, cfg.prompt), np.int32), full, full)
         prompts = put_batch((rows, np.arange(cfg.batch, dtype=np.int32)), mesh)
         seconds, start = rlhf.Seconds(), time.perf_counter()
-        state, samples, *_ = rlhf.advance(phases, state, frozen, prompts, jax.random.key(i), {"reward": 0.0, "tests": {}}, 0.05, seconds)
+        state, samples, *_ = rlhf.advance(phases, state, frozen, prompts, jax.random.key(i), offsets, 0.05, seconds)
         readings.append({"iteration": time.perf_counter() - start} | vars(seconds))
         if i == 0:
             first = time.perf_counter() - began

@@ -205,7 +205,7 @@ class PPO(Stage):
     run: RunConfig = RunConfig()
     log_every: int = execution(1)
     eval_every: int = execution(0)
-    eval_prompts: int = execution(64)
+    eval_prompts: int = 64  # what scores are centred on too, so no mere execution field
     save_every: int = execution(50)
     keep: int = execution(2)
     watchdog_s: float = execution(1800.0)
@@ -220,6 +220,9 @@ class PPO(Stage):
         for name in ("prompt_len", "batch_size", "steps", "epochs", "minibatches", "micro_batches", "log_every", "keep", "eval_prompts"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{self.name}.{name}={getattr(self, name)}; it must be at least 1")
+        if self.kl.target is not None and self.kl.horizon <= 0.2 * self.batch_size:
+            raise ConfigError(f"{self.name}.kl.horizon={self.kl.horizon} lets one batch of {self.batch_size} move beta by more "
+                              f"than itself; choose more than {0.2 * self.batch_size:.0f}")  # fmt: skip
         if self.batch_size % (self.minibatches * self.micro_batches):
             raise ConfigError(f"{self.name}.batch_size={self.batch_size} does not divide into {self.minibatches} "
                               f"minibatches of {self.micro_batches} parts; choose a multiple of their product")  # fmt: skip

@@ -13,19 +13,22 @@ import numpy as np
 from hhjax.analysis.figures import COLORS, Line, finish, legend
 from hhjax.io.metrics import read_rows
 
-WINDOW = 9  # iterations that a point of a smoothed curve is a mean of
+WINDOW = 11  # iterations that a point of a smoothed curve is a mean of
 
 
 class Curve(NamedTuple):
     """One PPO run, an entry an iteration. scores: PM -> [N] mean score above the initial policy's; the first PM is the one
-    that was trained on. label: what tells it from the others but for the seed."""
+    that was trained on. spread: PM -> standard deviation of its scores of the initial policy's replies. label: what tells the
+    run from others but for the seed."""
 
+    dir: Path
     run: str
     label: str
     seed: int
     samples: np.ndarray
     sqrt_kl: np.ndarray
     scores: dict[str, np.ndarray]
+    spread: dict[str, float]
 
 
 class Best(NamedTuple):
@@ -64,23 +67,32 @@ def load_curves(index: Path, only: str = "*") -> tuple[list[Curve], list[Best]]:
 
 
 def read_curve(folder: Path, run: str, experiment: str, rows: list[dict]) -> Curve:
-    config = json.loads((folder / "config.json").read_text())
-    tests = [n.removeprefix("test/") for n in rows[0] if n.startswith("test/") and not n.endswith(("_p10", "_p50", "_p90"))]
+    config = json.loads((folder / "config.json").read_text())["config"]
+    names = pm_names(config)
     column = lambda name: np.array([row[name] for row in rows], float)  # noqa: E731
-    reward = Path(config["config"]["reward"]).name
-    label = ",".join(part for part in run.split(",") if not part.startswith("seed=")) or experiment
-    if label == run and "=" not in run:
-        label = experiment
-    samples = config["config"]["batch_size"] * column("step")
-    scores = {reward: column("score")} | {Path(t).name: column(f"test/{t}") for t in tests}
-    return Curve(run, label, config["seed"], samples, column("sqrt_kl"), scores)
+    axes = ",".join(part for part in run.split(",") if "=" in part and not part.startswith("seed="))
+    first = next(row for row in read_rows(folder / "metrics.jsonl") if "eval/score" in row)
+    # The 10th and 90th percentiles of a normal distribution are 2.563 standard deviations apart.
+    spread = {pm: (first[f"eval/{name}_p90"] - first[f"eval/{name}_p10"]) / 2.563 for name, pm in names.items()}
+    return Curve(
+        dir=folder, run=run, label=": ".join(filter(None, (experiment, axes))), seed=json.loads((folder / "config.json").read_text())["seed"],
+        samples=config["batch_size"] * column("step"), sqrt_kl=column("sqrt_kl"),
+        scores={pm: column(name) for name, pm in names.items()}, spread=spread,
+    )  # fmt: skip
+
+
+def pm_names(config: dict) -> dict[str, str]:
+    """Metric -> name of its PM, the training PM first: the last part of its reference where that tells all apart."""
+    refs = {"score": config["reward"]} | {f"test/{ref}": ref for ref in config["tests"]}
+    short = {name: Path(ref).name for name, ref in refs.items()}
+    return short if len(set(short.values())) == len(refs) else {name: f"{name}: {ref}" for name, ref in refs.items()}
 
 
 def read_best(folder: Path, run: str) -> Best:
-    config, rows = (json.loads((folder / n).read_text()) for n in ("config.json", "evals/best_of_n.json"))
-    rows = rows["rows"]
-    names = {"reward": Path(config["config"]["reward"]).name} | {t: Path(t).name for t in config["config"]["tests"]}
-    scores = {short: np.array([row["scores"][name]["mean"] for row in rows]) for name, short in names.items()}
+    config, found = (json.loads((folder / n).read_text()) for n in ("config.json", "evals/best_of_n.json"))
+    rows, names = found["rows"], pm_names(config["config"])
+    scores = {pm: np.array([row["scores"][{"score": "reward"}.get(name, name.removeprefix("test/"))]["mean"] for row in rows])
+              for name, pm in names.items()}  # fmt: skip
     return Best(run, [row["n"] for row in rows], np.sqrt([row["kl"] for row in rows]), scores)
 
 
@@ -106,28 +118,30 @@ def smoothed(x, window: int = WINDOW) -> np.ndarray:
     return (sums[high] - sums[low]) / (high - low)
 
 
-def parting(train, test, window: int = WINDOW) -> int | None:
-    """The iteration (from 0) from which on the smoothed train score stays above the smoothed test score by more than at the start.
+def parting(train, test, window: int = WINDOW, least: float = 0.25) -> int | None:
+    """The iteration (from 0) from which on the training PM stands further up than the test PM, to the end.
 
-    "More" is two standard errors of a smoothed gap, estimated from the gap's own scatter about it. None: it never parts.
+    train, test: [N] mean scores, each over the standard deviation of its PM's scores of the initial policy's replies, since
+    two PMs have two scales. Further: by `least`, in means of whole windows, above their difference in the first window.
+    An effect and not a test of significance: at 64 samples an iteration the noise of a window is about 0.05. None: never.
     """
     gap = np.asarray(train, float) - np.asarray(test, float)
-    smooth = smoothed(gap, window)
-    error = np.std(gap - smooth) / np.sqrt(window)
-    beyond = smooth - np.mean(gap[:window]) > 2 * np.sqrt(2) * error
-    if not beyond[-1]:
+    whole = len(gap) // window
+    means = gap[: whole * window].reshape(whole, window).mean(1)
+    apart = means - means[:1] > least
+    if not whole or not apart[-1]:
         return None
-    return int(len(beyond) - np.argmin(beyond[::-1])) if not beyond.all() else 0
+    return int((len(apart) - np.argmin(apart[::-1])) * window)
 
 
 def reward_figure(curves: Sequence[Curve], best: Sequence[Best], path: Path, most: float = np.inf) -> str:
     """Figures 4, 13 and 33: scores on the training PM (solid) and the test PMs (dashed) against samples and sqrt(KL).
 
-    Curves are smoothed for the eye; fits, up to sqrt(KL) = most, are of the raw points of all seeds of a label.
+    A run that several experiments share is drawn once. Curves are smoothed for the eye; fits, up to sqrt(KL) = most, are of the raw points of all seeds of a label.
     """
     groups = defaultdict(list)
-    for curve in curves:
-        groups[curve.label].append(curve)
+    for curve in {curve.dir.resolve(): curve for curve in reversed(curves)}.values():
+        groups[curve.label].insert(0, curve)
     fig, axes = plt.subplots(1, 2, figsize=(10.5, 4.4), sharey=True)
     found, panels = [], {"samples": [], "sqrt_kl": []}
     for color, (label, group) in zip(COLORS * len(groups), groups.items()):
@@ -141,7 +155,7 @@ def reward_figure(curves: Sequence[Curve], best: Sequence[Best], path: Path, mos
                     panels[panel].append(Line(f"{curve.run}: {role} {pm}", raw, score, score, score))
         found.append(fits_in_words(label, group, axes[1], color, most))
     for number, stage in enumerate(best):
-        for marker, (pm, score) in zip("os^D", stage.scores.items()):
+        for marker, (pm, score) in zip("os^Dv<>*" * len(stage.scores), stage.scores.items()):
             axes[1].plot(stage.sqrt_kl, score, marker, color="black", mfc="none", ms=5, ls="none",
                          label=f"best of n, {pm}" if number == 0 else None)  # fmt: skip
             panels["sqrt_kl"].append(Line(f"{stage.run}: best of n, {pm}", stage.sqrt_kl, score, score, score))
@@ -169,9 +183,11 @@ def fits_in_words(label: str, group: Sequence[Curve], ax, color: str, most: floa
             ax.plot(ends, fit.intercept + fit.slope * ends, color=color, lw=0.8, alpha=0.5)
         role = "train" if number == 0 else "test"
         parts.append(f"{role} {pm}: {fit.intercept:+.2f} {fit.slope:+.2f} sqrt(KL), R² {fit.r2:.2f}")
-    names = list(group[0].scores)
-    gone = [(c, parting(c.scores[names[0]], np.mean([c.scores[n] for n in names[1:]], 0))) for c in group] if names[1:] else []
-    where = [f"{smoothed(c.sqrt_kl)[at]:.2f}" if at is not None else "never" for c, at in gone]
+    where = []
+    for c in group if len(group[0].scores) > 1 else ():
+        train, *tests = (c.scores[pm] / c.spread[pm] for pm in c.scores)
+        at = parting(train, np.mean(tests, 0))
+        where.append("never" if at is None else f"{smoothed(c.sqrt_kl)[at]:.2f}")
     told = f"; train and test part at sqrt(KL) {', '.join(where)}" if where else ""
     seeds = f" ({len(group)} seeds)" if len(group) > 1 else ""
     return f"{label}{seeds}, sqrt(KL) up to {min(most, x.max()):.1f}: {'; '.join(parts)}{told}."

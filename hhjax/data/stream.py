@@ -86,6 +86,8 @@ class Source(ABC):
         # The rows that fill no batch are cut off while the order is random: no length is favoured.
         rng = np.random.Generator(np.random.Philox(key=[seed, epoch]))
         order = rng.permutation(self.size)[: self.steps_per_epoch * self.batch_size]
+        if self.window == 1:  # in the order drawn: sorted rows would give one host the short ones
+            return order.reshape(-1, self.batch_size)
         window = self.window * self.batch_size
         by_length = [part[np.argsort(self.lengths[part], kind="stable")]
                      for part in np.split(order, range(window, len(order), window))]

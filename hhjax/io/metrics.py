@@ -29,7 +29,7 @@ class MetricsWriter:
         truncate_rows(run_dir / "metrics.jsonl", start)
         self.file = (run_dir / "metrics.jsonl").open("a", encoding="utf-8")
         # purge_step hides what an earlier process wrote from that step on.
-        self.board = SummaryWriter(str(run_dir / "tb"), purge_step=start + 1)
+        self.board = SummaryWriter(str(run_dir / "tb"), purge_step=start + 1 if start else 0)
 
     def write(self, step: int, row: dict, prefix: str = "") -> dict:
         """Appends {"step": step, **row}, its names under `prefix`/, and returns it; null is what is not finite."""
@@ -80,10 +80,11 @@ def read_rows(path: Path) -> list[dict]:
 
 
 def truncate_rows(path: Path, last_step: int) -> None:
-    """Drops the rows of steps after `last_step` and everything from a torn line on; in one rename."""
+    """Drops the rows of steps after `last_step` and everything from a torn line on, in one rename; at 0, where a run begins
+    anew, all of them: a look at step 0 is then taken again."""
     if not path.is_file():
         return
-    kept = [json.dumps(row) + "\n" for row in read_rows(path) if row["step"] <= last_step]
+    kept = [json.dumps(row) + "\n" for row in read_rows(path) if row["step"] <= last_step] if last_step else []
     write_atomically(path, "".join(kept))
 
 

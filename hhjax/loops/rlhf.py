@@ -103,6 +103,7 @@ def run(stage: PPO, ctx: StageContext) -> None:
     del found
     setup = Setup(stage, ctx, mesh, rollout_mesh, models, params, tok, prompts, held_out)
     if "offsets" not in position:
+        rearm_watchdog(stage.watchdog_s)
         position |= {"offsets": mean_scores(setup, state), "beta": stage.kl.beta}
         if jax.process_index() == 0:
             write_event(ctx.dir, "offsets", **position["offsets"])
@@ -112,27 +113,31 @@ def run(stage: PPO, ctx: StageContext) -> None:
 def train(setup: Setup, state: TrainState, shardings: TrainState, position: dict) -> None:
     """Iterations from position["step"] to the last, with their rows, looks and checkpoints."""
     stage, ctx = setup.stage, setup.ctx
-    phases = make_phases(stage, setup.models, setup.tok.vocabulary, setup.mesh, setup.rollout_mesh, shardings, position["offsets"])
+    phases = make_phases(stage, setup.models, setup.tok.vocabulary, setup.mesh, setup.rollout_mesh, shardings)
     progress = Progress(ctx, stage.name, position["step"], stage.steps, position["tokens"],
                         roofline.ceiling(compute_dtype(stage.run)))  # fmt: skip
     saver = checkpoint.CheckpointWriter(ctx.dir, stage.keep, on_saved=progress.saved)
     beta = position["beta"]
     with contextlib.closing(progress), contextlib.closing(saver), watchdog():
+        rearm_watchdog(stage.watchdog_s)
         if position["step"] == 0:
             with progress.excluded():
                 progress.evaluation(0, look(setup, phases, state, position["offsets"], 0))
         for done in range(position["step"] + 1, stage.steps + 1):
             rearm_watchdog(stage.watchdog_s)
-            seconds = Seconds()
-            state, row, work = iterate(setup, phases, state, position["offsets"], beta, done, seconds)
+            first = done == position["step"] + 1  # it compiles, and so is not timed
+            with progress.excluded() if first else contextlib.nullcontext():
+                state, row, work = iterate(setup, phases, state, position["offsets"], beta, done)
             beta = adapt_beta(beta, stage.kl, row["kl_k1"], stage.batch_size)
-            progress.count(*work, timed=done > position["step"] + 1)  # the first one compiles
+            progress.count(*work, timed=not first)
             last, stopping = done == stage.steps, ctx.should_stop()
             evaluating = last or is_due(done, stage.eval_every)
             saving = last or stopping or is_due(done, stage.save_every)
-            if last or evaluating or saving or is_due(done, stage.log_every):
+            if last or is_due(done, stage.log_every):
                 progress.hold(done, row)
                 progress.flush()
+            if evaluating or saving:
+                progress.require_finite(done, row)
             if evaluating:
                 with progress.excluded():
                     progress.evaluation(done, look(setup, phases, state, position["offsets"], done))
@@ -147,9 +152,9 @@ def train(setup: Setup, state: TrainState, shardings: TrainState, position: dict
                 raise Preempted(f"{stage.name} was told to stop: saved at iteration {done} of {stage.steps}")
 
 
-def iterate(setup: Setup, phases: Phases, state: TrainState, offsets: dict, beta: float, done: int, seconds: Seconds):
+def iterate(setup: Setup, phases: Phases, state: TrainState, offsets: dict, beta: float, done: int):
     """Iteration `done` (from 1): the new state, its row of metrics, and its (tokens, model FLOPs)."""
-    stage, mesh = setup.stage, setup.mesh
+    stage, mesh, seconds, began = setup.stage, setup.mesh, Seconds(), time.perf_counter()
     index, count = batch_host(setup.rollout_mesh)
     batch = setup.prompts.batch(setup.ctx.seed, done - 1, Host(index, count))
     row_ids = np.split(np.arange(stage.batch_size, dtype=np.int32), count)[index]
@@ -162,7 +167,7 @@ def iterate(setup: Setup, phases: Phases, state: TrainState, offsets: dict, beta
     rates = {f"{name}_s": s for name, s in vars(seconds).items()}
     rates |= {"generate_tokens_per_s": new / seconds.generate, "score_tokens_per_s": tokens / seconds.score,
               "train_tokens_per_s": stage.epochs * tokens / seconds.train,
-              "samples_per_s": stage.batch_size / sum(vars(seconds).values()), "memory_gib": memory_gib()}  # fmt: skip
+              "samples_per_s": stage.batch_size / (time.perf_counter() - began), "memory_gib": memory_gib()}  # fmt: skip
     return state, row | {"beta": beta} | rates, (tokens, iteration_flops(stage, setup.models))
 
 
@@ -257,11 +262,11 @@ def ppo_shardings(optimizer: PartsOptimizer, models: dict, mesh) -> TrainState:
     return state_shardings(optimizer, shapes, places, mesh)
 
 
-def make_phases(stage: PPO, models: dict, vocab: Vocabulary, mesh, rollout_mesh, shardings: TrainState, offsets: dict) -> Phases:
+def make_phases(stage: PPO, models: dict, vocab: Vocabulary, mesh, rollout_mesh, shardings: TrainState) -> Phases:
     """The parts compiled for these models (by role, see `roles`), meshes, and shardings of the state."""
     width, heat = stage.sampling.max_new_tokens, stage.sampling.temperature
     policy = models["policy"]
-    actor = make_actor(policy, models.get("value"), vocab, width, heat, offsets["reward"])
+    actor = make_actor(policy, models.get("value"), vocab, width, heat)
     judges = Judges(models["kl_to"], models["reward"], {ref: models[f"tests.{ref}"] for ref in stage.tests})
     recompute = stage.rollout.recompute
     recompute = compute_dtype(stage.run) != "float32" if recompute is None else recompute
@@ -288,7 +293,11 @@ def make_phases(stage: PPO, models: dict, vocab: Vocabulary, mesh, rollout_mesh,
 
 
 def mean_scores(setup: Setup, state: TrainState) -> dict:
-    """The mean score that each PM gives the initial policy's replies to the held-out prompts: what later scores are above."""
+    """The mean score that each PM gives the initial policy's replies to the held-out prompts: what later scores are above.
+
+    With gamma 1 a constant in reward and values cancels out of the advantages, so that a value network which starts from the
+    reward PM may go on predicting scores as they are: "value" is that constant, see `make_score`.
+    """
     stage, tok = setup.stage, setup.tok
     sample = make_sample(setup.models["policy"], tok.vocabulary, stage.sampling, setup.mesh)
     names = {"reward": setup.frozen["reward"]} | {f"tests.{ref}": p for ref, p in setup.frozen["tests"].items()}
@@ -300,7 +309,9 @@ def mean_scores(setup: Setup, state: TrainState) -> dict:
         for name, params in names.items():
             scores[name].append(np.asarray(judges[name](params, samples))[:real])
     means = {name: float(np.concatenate(s).mean()) for name, s in scores.items()}
-    return {"reward": means["reward"], "tests": {ref: means[f"tests.{ref}"] for ref in stage.tests}}
+    from_reward = not stage.value_head and stage.value in (None, stage.reward)
+    tests = {ref: means[f"tests.{ref}"] for ref in stage.tests}
+    return {"reward": means["reward"], "value": means["reward"] if from_reward else 0.0, "tests": tests}
 
 
 def describe_folder(ctx: StageContext, policy: Loaded, prompts: PromptSource, held_out: PromptSource) -> None:

@@ -1,5 +1,6 @@
 """Sampling from trained policies: the parts that PPO shares, and the loops of BestOfN and Comparisons."""
 
+import functools
 import gzip
 import json
 from collections.abc import Mapping
@@ -15,11 +16,11 @@ from hhjax.data.stream import PromptSource
 from hhjax.data.tokenizer import Tokenizer
 from hhjax.data.transcripts import has_marker
 from hhjax.evals.replies import best_of_n_kl, best_of_n_mean
-from hhjax.experiment import BestOfN, Comparisons, StageContext
+from hhjax.experiment import BestOfN, Comparisons, Preempted, StageContext
 from hhjax.fields import ConfigError
 from hhjax.io.files import write_atomically
 from hhjax.io.metrics import write_event
-from hhjax.loops.supervised import compute_dtype, load_model
+from hhjax.loops.supervised import compute_dtype, load_model, local_data
 from hhjax.model.generate import Sampling, generate
 from hhjax.model.transformer import RunConfig
 from hhjax.objectives.preference import end_scores
@@ -59,7 +60,7 @@ def frozen(loaded: Loaded, run: RunConfig) -> Params:
 
 def load_prompts(data: ComparisonData, split: str, ctx: StageContext, tok: Tokenizer, width: int, batch_size: int) -> PromptSource:
     """The distinct prompts of one side of the comparisons."""
-    rows, _ = load_comparisons(data, split, ctx.data_dir)
+    rows, _ = load_comparisons(local_data(data, ctx), split, ctx.data_dir)
     return PromptSource((row.prompt for row in rows), tok, width, batch_size)
 
 
@@ -100,7 +101,13 @@ def put_prompts(source: PromptSource, rows: np.ndarray, row_ids: np.ndarray, mes
 
 def fetch(tree, mesh):
     """Arrays split over the mesh as numpy, whole, on every process."""
-    return jax.device_get(jax.jit(lambda x: x, out_shardings=replicated(mesh))(tree))
+    return jax.device_get(make_whole(mesh)(tree))
+
+
+@functools.lru_cache
+def make_whole(mesh):
+    """The identity that leaves its result on every device."""
+    return jax.jit(lambda x: x, out_shardings=replicated(mesh))
 
 
 def reply_texts(rows: Tokens, tok: Tokenizer) -> list[str]:
@@ -123,11 +130,12 @@ def run_best_of_n(stage: BestOfN, ctx: StageContext) -> None:
     chosen, most = even_rows(source.size, stage.prompts), max(stage.ns)
     rows = np.repeat(chosen, most)
     key = jax.random.fold_in(jax.random.key(ctx.seed), EVALUATION)
-    scores, texts = draw_and_judge(stage, key, found, "policy", list(judges), source, rows, mesh)
+    scores, texts = draw_and_judge(stage, ctx, key, found, "policy", list(judges), source, rows, mesh)
     if jax.process_index():
         return
-    # Above the mean of one reply, as PPO's scores are above the initial policy's.
-    by_pm = {name.removeprefix("tests."): (s - s.mean()).reshape(len(chosen), most) for name, s in scores.items()}
+    # Above the mean of one reply to the same prompt: errors are of the gain, and not of how prompts differ.
+    by_prompt = {name.removeprefix("tests."): s.reshape(len(chosen), most) for name, s in scores.items()}
+    by_pm = {name: s - s.mean(1, keepdims=True) for name, s in by_prompt.items()}
     table = []
     for n in sorted(stage.ns):
         means = {name: best_of_n_mean(by_pm["reward"], s, n) for name, s in by_pm.items()}
@@ -149,14 +157,20 @@ def run_best_of_n(stage: BestOfN, ctx: StageContext) -> None:
          "first": texts[i * most]} for i, (row, at) in enumerate(zip(chosen, best))])  # fmt: skip
 
 
-def draw_and_judge(stage, key, found: Mapping[str, Loaded], policy: str, judges, source: PromptSource, rows: np.ndarray, mesh):
-    """A reply to the prompt of every row (with its place as id), its scores by name [len(rows)], and its text."""
+def draw_and_judge(stage, ctx: StageContext, key, found: Mapping[str, Loaded], policy: str, judges, source: PromptSource,
+                   rows: np.ndarray, mesh):
+    """A reply to the prompt of every row (with its place as id), its scores by name [len(rows)], and its text.
+
+    Raises Preempted when told to stop; nothing of it is kept.
+    """
     tok = found[policy].tokenizer
     sample = make_sample(found[policy].model, tok.vocabulary, stage.sampling, mesh)
     judge = {name: make_judge(found[name].model, tok.vocabulary, mesh) for name in judges}
     params = {name: frozen(found[name], stage.run) for name in (policy, *judges)}
     scores, texts = {name: [] for name in judges}, []
     for places, real in row_batches(len(rows), stage.batch_size):
+        if ctx.should_stop():
+            raise Preempted(f"{stage.name} was told to stop: it will begin anew")
         samples = sample(params[policy], *put_prompts(source, rows[places], places, mesh), key)
         for name in judges:
             scores[name].append(jax.device_get(judge[name](params[name], samples))[:real])
@@ -192,7 +206,7 @@ def run_comparisons(stage: Comparisons, ctx: StageContext) -> None:
             continue
         rows = np.repeat(chosen[pair], stage.best_of)
         key = jax.random.fold_in(jax.random.key(ctx.seed), number)  # two policies do not share their noise
-        drawn, texts = draw_and_judge(stage, key, found, policy, list(judges), source, rows, mesh)
+        drawn, texts = draw_and_judge(stage, ctx, key, found, policy, list(judges), source, rows, mesh)
         ranks = drawn.get("ranker", drawn["labeler"]).reshape(-1, stage.best_of).argmax(1)
         best = np.arange(len(pair)) * stage.best_of + ranks
         replies[pair, side] = np.array(texts, object)[best]

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 from hhjax import roofline
-from hhjax.data.comparisons import load_comparisons
+from hhjax.data.comparisons import ComparisonData, load_comparisons
 from hhjax.data.sources import load_documents
 from hhjax.data.stream import Host, LMSource, PairSource
 from hhjax.data.tokenizer import load_tokenizer, train_tokenizer
@@ -205,7 +205,7 @@ def sample_rows(batch: Batch, tokenizer) -> Iterator[dict]:
 def load_sources(stage: Training, ctx: StageContext, tokenizer):
     """The training rows, and at most `eval_rows` held-out ones. The counts go to events.jsonl and the console."""
     if isinstance(stage, PM):
-        data = local_data(stage, ctx)
+        data = local_data(stage.data, ctx)
         (train, report), (test, _) = (load_comparisons(data, split, ctx.data_dir) for split in ("train", "test"))
         source, held_out = (PairSource(rows, tokenizer, stage.seq_len, stage.batch_size) for rows in (train, test))
         details = {"report": str(report), "truncated": source.truncated, "too_long": source.too_long}
@@ -221,10 +221,10 @@ def load_sources(stage: Training, ctx: StageContext, tokenizer):
     return source, held_out
 
 
-def local_data(stage: Training, ctx: StageContext):
-    """The stage's data with sources that are stages replaced by the files those wrote."""
-    sources = (f"{ctx.parents[s]}/comparisons.jsonl.gz" if s in ctx.parents else s for s in stage.data.sources)
-    return replace(stage.data, sources=tuple(sources))
+def local_data(data: ComparisonData, ctx: StageContext) -> ComparisonData:
+    """The data with sources that are stages replaced by the files those wrote."""
+    sources = (f"{ctx.parents[s]}/comparisons.jsonl.gz" if s in ctx.parents else s for s in data.sources)
+    return replace(data, sources=tuple(sources))
 
 
 def total_steps(stage: Training, source) -> int:

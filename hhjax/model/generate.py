@@ -3,6 +3,7 @@
 Sampling and training share `policy_logits`, so that the first PPO ratio is 1.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax
@@ -133,11 +134,15 @@ def reply_logps(model: Model, params: Params, hidden, tokens, vocab: Vocabulary,
         logp = jax.nn.log_softmax(policy_logits(model, params, hidden, vocab, temperature))
         return jnp.take_along_axis(logp, tokens[..., None], -1)[..., 0], -jnp.sum(jnp.exp(logp) * logp, -1)
 
-    b, r = tokens.shape
+    return by_chunks(one, (hidden, tokens), chunk)
+
+
+def by_chunks(one: Callable, arrays, chunk: int = 128):
+    """one(arrays) for a tree of [B, R, ...] arrays, to one of [B, R], `chunk` positions at a time; backward recomputes each."""
+    b, r = jax.tree.leaves(arrays)[0].shape[:2]
     if r <= chunk:
-        return one((hidden, tokens))
-    pad = -r % chunk
+        return one(arrays)
     cut = lambda x: jnp.moveaxis(  # noqa: E731
-        jnp.pad(x, ((0, 0), (0, pad)) + ((0, 0),) * (x.ndim - 2)).reshape(b, -1, chunk, *x.shape[2:]), 1, 0)
-    found = jax.lax.map(jax.checkpoint(one), (cut(hidden), cut(tokens)))
-    return tuple(jnp.moveaxis(x, 0, 1).reshape(b, -1)[:, :r] for x in found)
+        jnp.pad(x, ((0, 0), (0, -r % chunk)) + ((0, 0),) * (x.ndim - 2)).reshape(b, -1, chunk, *x.shape[2:]), 1, 0)
+    found = jax.lax.map(jax.checkpoint(one), jax.tree.map(cut, arrays))
+    return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(b, -1)[:, :r], found)

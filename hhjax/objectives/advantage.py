@@ -36,11 +36,10 @@ def gae(rewards, values, mask, gamma: float, lam: float):
     return advantages, advantages + values
 
 
-def whiten(x, mask, shift_mean: bool = True):
-    """x with variance 1 (and mean 0) over the masked entries; 0 elsewhere. The variance is the biased one (ddof 0)."""
-    mean = masked_mean(x, mask)
-    scaled = (x - mean) * jax.lax.rsqrt(masked_mean(jnp.square(x - mean), mask) + 1e-8)
-    return jnp.where(mask, scaled if shift_mean else scaled + mean, 0.0)
+def whiten(x, mask):
+    """x with mean 0 and variance 1 over the masked entries; 0 elsewhere. The variance is the biased one (ddof 0)."""
+    centred = x - masked_mean(x, mask)
+    return jnp.where(mask, centred * jax.lax.rsqrt(masked_mean(jnp.square(centred), mask) + 1e-8), 0.0)
 
 
 def explained_variance(values, returns, mask):

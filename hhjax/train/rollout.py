@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from hhjax.model.generate import before_reply_tokens, policy_logits, reply_logps, reply_tokens
+from hhjax.model.generate import before_reply_tokens, by_chunks, policy_logits, reply_logps, reply_tokens
 from hhjax.objectives.advantage import explained_variance, gae, shaped_rewards, whiten
 from hhjax.objectives.kl import kl_k1, kl_k3
 from hhjax.objectives.masked import masked_mean, masked_sum
@@ -37,12 +37,10 @@ class Judges(NamedTuple):
     tests: Mapping[str, Model]
 
 
-def make_actor(policy: Model, value: Model | None, vocab: Vocabulary, width: int, temperature: float = 1.0,
-               offset: float = 0.0) -> Actor:
+def make_actor(policy: Model, value: Model | None, vocab: Vocabulary, width: int, temperature: float = 1.0) -> Actor:
     """(params, rows) -> logp, values and entropy of the reply tokens, [B, width] each; the caller masks.
 
     params: {"policy", "value"}, or {"policy"} alone where value is None: then the score head of the policy's trunk is read.
-    offset: subtracted from values, as from the scores that they predict.
     """
 
     def actor(params, rows: Tokens):
@@ -50,9 +48,9 @@ def make_actor(policy: Model, value: Model | None, vocab: Vocabulary, width: int
         hidden = before_reply_tokens(policy.apply(params["policy"], rows.tokens)[0], rows, width)
         logp, entropy = reply_logps(policy, params["policy"], hidden, tokens, vocab, temperature)
         if value is None:
-            return logp, policy.score(params["policy"], hidden) - offset, entropy
+            return logp, policy.score(params["policy"], hidden), entropy
         seen = before_reply_tokens(value.apply(params["value"], rows.tokens)[0], rows, width)
-        return logp, value.score(params["value"], seen) - offset, entropy
+        return logp, value.score(params["value"], seen), entropy
 
     return actor
 
@@ -61,7 +59,9 @@ def make_score(actor: Actor, judges: Judges, vocab: Vocabulary, width: int, cfg:
                temperature: float = 1.0):
     """score(params, frozen, samples, offsets, beta) -> (Rollout, report), to be jitted.
 
-    frozen: {"reference", "reward", "tests": {name: ...}} parameters; offsets: {"reward", "tests"} scores to subtract.
+    frozen: {"reference", "reward", "tests": {name: ...}} parameters. offsets: {"reward", "tests"} scores to subtract, and
+    "value", what a centred score is on the value network's scale: the reward's offset where it started from that PM, which
+    predicts scores as they are, and 0 where it started from a head of zeros.
     report: per sample, [B] each: score, test scores, k1 and k3 KL in nats, length, stopped; and scalars of the whole batch.
     """
 
@@ -69,7 +69,10 @@ def make_score(actor: Actor, judges: Judges, vocab: Vocabulary, width: int, cfg:
         rows = samples.rows
         tokens, mask = reply_tokens(rows, width)
         logp, values, entropy = actor(params, rows)
-        if not recompute:  # the sampler's are the same to rounding, and the policy's forward falls away
+        drift = {}
+        if recompute:
+            drift = {"sampler_drift_max": jnp.max(jnp.where(mask, jnp.abs(samples.logp - logp), 0.0))}
+        else:  # the sampler's are the same to rounding, and the policy's forward falls away
             logp, entropy = samples.logp, samples.entropy
         hidden = before_reply_tokens(judges.reference.apply(frozen["reference"], rows.tokens)[0], rows, width)
         ref_logp, _ = reply_logps(judges.reference, frozen["reference"], hidden, tokens, vocab, temperature)
@@ -80,7 +83,8 @@ def make_score(actor: Actor, judges: Judges, vocab: Vocabulary, width: int, cfg:
         paid = said if cfg.no_stop_score is None else jnp.where(samples.stopped, said, cfg.no_stop_score)
         logp, ref_logp, values, entropy = (jnp.where(mask, x, 0.0) for x in (logp, ref_logp, values, entropy))
         k1 = kl_k1(logp, ref_logp)
-        advantages, returns = gae(shaped_rewards(paid, k1, mask, beta), values, mask, cfg.gamma, cfg.lam)
+        rewards = shaped_rewards(paid + offsets["value"], k1, mask, beta)
+        advantages, returns = gae(rewards, values, mask, cfg.gamma, cfg.lam)
         report = {
             "score": said,
             **{f"test/{name}": x for name, x in tests.items()},
@@ -90,9 +94,9 @@ def make_score(actor: Actor, judges: Judges, vocab: Vocabulary, width: int, cfg:
             "stopped": samples.stopped,
             "entropy": masked_mean(entropy, mask),
             "explained_variance": explained_variance(values, returns, mask),
-            "value_mean": masked_mean(values, mask),
-            "return_mean": masked_mean(returns, mask),
-        }
+            "value_mean": masked_mean(values, mask) - offsets["value"],
+            "return_mean": masked_mean(returns, mask) - offsets["value"],
+        } | drift
         if cfg.whiten:
             advantages = whiten(advantages, mask)
         return Rollout(rows, mask, logp, ref_logp, values, advantages, returns), report
@@ -117,13 +121,15 @@ def make_exact_kl(policy: Model, reference: Model, vocab: Vocabulary, width: int
     """exact_kl(policy_params, reference_params, rows) -> [B]: sum over the reply's tokens of the KL between the two models'
     next-token distributions, in nats: what k1 estimates with noise."""
 
-    def logps(model, params, rows):
-        hidden = before_reply_tokens(model.apply(params, rows.tokens)[0], rows, width)
-        return jax.nn.log_softmax(policy_logits(model, params, hidden, vocab, temperature))
-
     def exact_kl(policy_params, reference_params, rows: Tokens):
-        logp, ref_logp = logps(policy, policy_params, rows), logps(reference, reference_params, rows)
-        _, mask = reply_tokens(rows, width)
-        return masked_sum(jnp.sum(jnp.exp(logp) * (logp - ref_logp), -1), mask, -1)
+        sides = ((policy, policy_params), (reference, reference_params))
+        hidden = tuple(before_reply_tokens(model.apply(p, rows.tokens)[0], rows, width) for model, p in sides)
+
+        def one(hidden):
+            logp, ref_logp = (jax.nn.log_softmax(policy_logits(model, p, h, vocab, temperature)[..., : vocab.size])
+                              for (model, p), h in zip(sides, hidden))  # fmt: skip
+            return jnp.sum(jnp.exp(logp) * (logp - ref_logp), -1)
+
+        return masked_sum(by_chunks(one, hidden), reply_tokens(rows, width)[1], -1)
 
     return exact_kl

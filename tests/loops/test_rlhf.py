@@ -100,13 +100,13 @@ def test_a_stopped_run_goes_on_as_if_nothing_had_been(finished, pipeline, contex
     assert checkpoint.read_checksums(tmp_path / "run") == checkpoint.read_checksums(finished)
 
 
-def test_work_after_the_last_save_is_done_anew(finished, pipeline, context, tmp_path, monkeypatch):
-    """Killed inside the update of iteration 4: rows, samples and every number of state come out the same."""
+@pytest.mark.parametrize("at", [1, 4])
+def test_work_after_the_last_save_is_done_anew(finished, pipeline, context, tmp_path, monkeypatch, at):
+    """Killed in an iteration, before anything was saved or after: rows and every number of state come out the same."""
     stage, real, calls = make_ppo(pipeline), rlhf.iterate, iter(range(1, 100))
 
     def killed(*args):
-        if next(calls) == 4:
-            real(*args)
+        if next(calls) == at:
             raise KeyboardInterrupt
         return real(*args)
 
@@ -146,16 +146,21 @@ def test_the_reward_rises(pipeline, context, tmp_path):
     assert np.mean([r["score"] for r in rows[-5:]]) > np.mean([r["score"] for r in rows[:5]]) + 0.5 * spread
 
 
-@pytest.mark.parametrize("changes", [{"value_head": True}, {"value": "lm"}])
+@pytest.mark.parametrize("changes", [{}, {"value_head": True}, {"value": "lm"}])
 def test_value_networks_of_every_kind(pipeline, context, tmp_path, changes):
+    """Each begins near the mean of what it is to predict: a constant error would pay for length, or for its absence."""
     if "value" in changes:
         changes = {"value": str(pipeline["lm"])}
     stage = make_ppo(pipeline, steps=2, eval_every=0, **changes)
     rlhf.run(stage, context(stage, tmp_path / "run"))
     rows = iterations(tmp_path / "run")
-    assert ("grad_norm_value" in rows[0]) == ("value" in changes)
+    [offsets] = [e for e in read_events(tmp_path / "run") if e["event"] == "offsets"]
+    assert abs(offsets["reward"]) > 0.05  # what would show if it were forgotten, or subtracted twice
+    far = abs(rows[0]["value_mean"] - (rows[0]["return_mean"] if not changes else 0.0))  # a head of zeros says 0
+    assert far < (0.5 * abs(offsets["reward"]) if not changes else 1e-6)
+    assert ("grad_norm_value" in rows[0]) == ("value_head" not in changes)
     parts = {name.split("/")[0] + "/" + name.split("/")[1].split(".")[0] for name in checkpoint.read_checksums(tmp_path / "run")}
-    assert ("train/value" in parts) == ("value" in changes)
+    assert ("train/value" in parts) == ("value_head" not in changes)
 
 
 def test_models_must_share_a_tokenizer(pipeline, context, tmp_path, hugging_face_folder):
@@ -167,6 +172,8 @@ def test_models_must_share_a_tokenizer(pipeline, context, tmp_path, hugging_face
 def test_what_ppo_cannot_do_is_refused(pipeline):
     with pytest.raises(ConfigError, match="needs the probability of what was drawn"):
         make_ppo(pipeline, sampling=Sampling(12, top_p=0.9))
+    with pytest.raises(ConfigError, match="move beta by more than itself"):
+        make_ppo(pipeline, kl=KLConfig(0.1, target=1.0, horizon=3))
     with pytest.raises(ConfigError, match="does not divide"):
         make_ppo(pipeline, minibatches=3)
     with pytest.raises(ConfigError, match="leave one out"):

@@ -2,12 +2,13 @@
 
 import gzip
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from hhjax.data.comparisons import ComparisonData, read_comparisons
-from hhjax.experiment import BestOfN, Comparisons
+from hhjax.experiment import BestOfN, Comparisons, Preempted
 from hhjax.fields import ConfigError
 from hhjax.io.metrics import read_events, read_rows
 from hhjax.loops.chat import talk
@@ -26,6 +27,7 @@ def test_best_of_n_gains_with_n(pipeline, context, tmp_path):
     assert found["prompts"] == 10 and [row["n"] for row in found["rows"]] == [1, 2, 8]
     means = [row["scores"]["reward"]["mean"] for row in found["rows"]]
     assert abs(means[0]) < 1e-6 and means[0] < means[1] < means[2]
+    assert found["rows"][0]["scores"]["reward"]["se"] < 1e-6  # of the gain, which one reply has none of
     assert found["rows"][2]["kl"] == pytest.approx(np.log(8) - 7 / 8)
     rows = read_rows(tmp_path / "run" / "samples" / "best_of_n.jsonl")
     assert len(rows) == 10 and np.mean([r["score"] for r in rows]) == pytest.approx(means[2], abs=1e-5)
@@ -78,3 +80,18 @@ def test_a_chat_answers_each_line(pipeline, capsys):
     assert [t.role for t in turns] == ["Human", "Assistant"] * 2
     assert capsys.readouterr().out.count("Assistant:") == 2
     assert talk(str(pipeline["lm"]), Sampling(6), lines=["the cat sat", "and then"]) == turns
+
+
+def test_fresh_comparisons_may_be_the_prompts_of_the_next_stage(pipeline, context, tmp_path):
+    first = make_comparisons(pipeline)
+    run_comparisons(first, context(first, tmp_path / "fresh"))
+    stage = make_comparisons(pipeline, data=ComparisonData(sources=("fresh",)), prompts=5)
+    ctx = context(stage, tmp_path / "next")
+    run_comparisons(stage, replace(ctx, parents={**ctx.parents, "fresh": tmp_path / "fresh"}))
+    assert read_comparisons(tmp_path / "next" / "comparisons.jsonl.gz", strict=True)[0]
+
+
+def test_sampling_stops_when_told(pipeline, context, tmp_path):
+    stage = make_comparisons(pipeline)
+    with pytest.raises(Preempted, match="begin anew"):
+        run_comparisons(stage, context(stage, tmp_path / "run", stop_after=2))

@@ -74,8 +74,6 @@ def test_whitening():
     kept = white[MASK]
     assert abs(kept.mean()) < 1e-5 and kept.std() == pytest.approx(1, abs=1e-4)  # numpy's std is ddof 0 too
     assert (white[~MASK] == 0).all()
-    unshifted = np.asarray(whiten(3 * x + 7, MASK, shift_mean=False))[MASK]
-    assert unshifted.mean() == pytest.approx((3 * x + 7)[MASK].mean(), rel=1e-4)
     assert jnp.isfinite(whiten(jnp.ones(MASK.shape), MASK)).all()
 
 

@@ -17,7 +17,7 @@ from hhjax.types import Samples, Tokens, Vocabulary
 
 VOCAB, R = Vocabulary(0, 1, 2, 30), 8
 CONFIG = ModelConfig(2, 32, 2, 2, 16, 64, vocab=32)
-OFFSETS = {"reward": 0.25, "tests": {"other": -1.0}}
+OFFSETS = {"reward": 0.25, "value": 0.0, "tests": {"other": -1.0}}
 
 
 def make_all(mesh=None, batch=8):
@@ -32,7 +32,7 @@ def make_all(mesh=None, batch=8):
 
 
 def make_parts(model, cfg=RolloutConfig(), recompute=False):
-    actor = make_actor(model, model, VOCAB, R, offset=0.25)
+    actor = make_actor(model, model, VOCAB, R)
     return actor, make_score(actor, Judges(model, model, {"other": model}), VOCAB, R, cfg, recompute)
 
 
@@ -72,8 +72,12 @@ def test_the_first_ratio_is_one(scored):
 
 def test_recomputed_logps_are_the_samplers(scored):
     model, params, frozen, samples, _, rollout, _ = scored
-    again, _ = make_parts(model, recompute=True)[1](params, frozen, samples, OFFSETS, 0.1)
+    again, report = make_parts(model, recompute=True)[1](params, frozen, samples, OFFSETS, 0.1)
     np.testing.assert_allclose(again.logp, rollout.logp, atol=1e-5)
+    assert 0 < float(report["sampler_drift_max"]) < 1e-4
+    wrong = samples._replace(logp=samples.logp - 0.5)  # a sampler that is another model than the trainer is seen
+    _, seen = make_parts(model, recompute=True)[1](params, frozen, wrong, OFFSETS, 0.1)
+    assert float(seen["sampler_drift_max"]) == pytest.approx(0.5, abs=1e-3)
 
 
 def test_advantages_are_whitened_and_rewards_are_not(scored):
@@ -94,6 +98,17 @@ def test_a_reply_without_a_stop_scores_what_the_rule_says(scored):
     paid = jnp.take_along_axis(fixed.returns, last[:, None], 1)[:, 0]
     np.testing.assert_allclose(paid, jnp.where(samples.stopped, seen["score"], -1.0), atol=1e-5)
     np.testing.assert_allclose(seen["score"], report["score"], atol=1e-5)  # what is logged is the PM's word
+
+
+def test_a_value_network_on_the_pms_own_scale_gives_the_same_advantages(scored):
+    """One that predicts scores as they are, 0.25 above the centred ones, or one that predicts these: the shift is told."""
+    model, params, frozen, samples, actor, rollout, report = scored
+    higher = lambda params, rows: (*actor(params, rows)[:1], actor(params, rows)[1] + 0.25, actor(params, rows)[2])  # noqa: E731
+    score = make_score(higher, Judges(model, model, {"other": model}), VOCAB, R, RolloutConfig(), False)
+    moved, seen = score(params, frozen, samples, OFFSETS | {"value": 0.25}, 0.1)
+    np.testing.assert_allclose(moved.advantages, rollout.advantages, atol=1e-4)
+    np.testing.assert_allclose(moved.returns, jnp.where(rollout.mask, rollout.returns + 0.25, 0), atol=1e-5)
+    assert float(seen["value_mean"]) == pytest.approx(float(report["value_mean"]), abs=1e-5)
 
 
 def test_exact_kl_is_what_k1_estimates(scored):
