@@ -3,7 +3,7 @@
 Question   How does the reward grow with the distance from the initial policy, on the training PM and on a test PM?
 Figures    Reward against sqrt(KL), train and test PM (paper Figures 4, 13, 33).
 Expected   The paper: about linear in sqrt(KL) at first; train and test agree for a while, then the training PM rises
-           above. PMs of 750 helpful pairs each, as here, are weak, so they should part early.
+           above. PMs of 930 helpful pairs each, as here, are weak, so they should part early.
 Cost       About 7 minutes a seed on 2 cores once tokenizer and language model are there, which are those of pm_hh.
 Command    hhjax run experiments/rlhf_hh.py --seeds 3
            python scripts/plot_reward_vs_sqrt_kl.py runs/experiments/rlhf_hh.json

@@ -383,9 +383,26 @@ def grid(experiment: Experiment, axes: Mapping) -> tuple[Run, ...]:
 
 
 def override(run: Run, path: str, value) -> Run:
-    """`edit` for a run; an axis that is overridden shows the new value in the name."""
-    axes = tuple((p, label(value) if p == path else old) for p, old in run.axes)
-    return Run(edit(run.experiment, path, value), axes)
+    """`edit` for a run; its name shows the new value, so that the index keeps it apart from the run without it, unless
+    the field only says how it is executed."""
+    axes = dict(run.axes)
+    if path in axes or not is_execution(run.experiment, path):
+        axes[path] = label(value)
+    return Run(edit(run.experiment, path, value), tuple(axes.items()))
+
+
+def is_execution(experiment: Experiment, path: str) -> bool:
+    """Whether the field at `path`, or one that holds it, stays out of a stage's identity."""
+    name, *names = path.split(".")
+    owner = experiment.stage(name) if names else None
+    for each in names:
+        field = {f.name: f for f in dataclasses.fields(owner)}.get(each) if dataclasses.is_dataclass(owner) else None
+        if field is None:
+            return False  # `edit` says what is wrong
+        if not field.metadata.get("identity", True):
+            return each != "seed"  # the seed that results is part of it
+        owner = getattr(owner, each)
+    return False
 
 
 def as_runs(found) -> tuple[Run, ...]:

@@ -121,12 +121,13 @@ def test_a_folder_of_another_config_is_refused_by_field(chain):
 
 def test_flags_change_every_run_and_their_name(chain):
     command, _ = flags.parse(["chain.py", "--pm.optim.lr", "3e-4", "--pm.loss.lm-coef", "0.5", "--lm.mesh.fsdp=2"], "x")
-    assert [r.name for r in command.runs] == ["seed=0", "seed=1"]
+    shown = "pm.optim.lr=0.0003,pm.loss.lm_coef=0.5"  # and not the mesh, which changes no result
+    assert [r.name for r in command.runs] == [f"seed=0,{shown}", f"seed=1,{shown}"]
     for run in command.runs:
         pm, lm = run.experiment.stage("pm"), run.experiment.stage("lm")
         assert (pm.optim.lr, pm.loss.lm_coef, lm.mesh.fsdp, lm.optim.lr) == (3e-4, 0.5, 2, 1e-3)
     command, _ = flags.parse(["chain.py", "--seed", "5", "--pm.data.sources", "a.jsonl", "b.jsonl"], "x")
-    assert [r.name for r in command.runs] == ["seed=5"] and command.runs[0].experiment.seed == 5
+    assert [r.name for r in command.runs] == ["seed=5,pm.data.sources=a.jsonl+b.jsonl"] and command.runs[0].experiment.seed == 5
     assert command.runs[0].experiment.stage("pm").data.sources == ("a.jsonl", "b.jsonl")
 
 
