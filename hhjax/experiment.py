@@ -229,7 +229,26 @@ class PPO(Stage):
 
 
 @dataclass(frozen=True, kw_only=True)
-class BestOfN(Stage):
+class Sampled(Stage):
+    """What the stages have that draw replies from finished policies. prompts: how many; each cut to prompt_len tokens."""
+
+    data: ComparisonData = ComparisonData()
+    prompts: int = 64
+    prompt_len: int = 128
+    sampling: Sampling = Sampling()
+    batch_size: int = execution(64)
+    mesh: MeshConfig = execution(MeshConfig())
+    run: RunConfig = RunConfig()
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("prompts", "prompt_len", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{self.name}.{name}={getattr(self, name)}; it must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BestOfN(Sampled):
     """Rejection sampling: the best of n replies by a PM, for every n in `ns` (Bai et al. 2022, section 4.5, appendix B.6).
 
     max(ns) replies to each of `prompts` held-out prompts are drawn from `policy` and scored by reward and tests.
@@ -240,23 +259,15 @@ class BestOfN(Stage):
     reward: str = reference("pm")
     tests: tuple[str, ...] = reference("pm", default=())
     ns: tuple[int, ...] = (1, 4, 16, 64)
-    prompts: int = 64
-    data: ComparisonData = ComparisonData()
-    prompt_len: int = 128
-    sampling: Sampling = Sampling()
-    batch_size: int = execution(64)
-    mesh: MeshConfig = execution(MeshConfig())
-    run: RunConfig = RunConfig()
 
     def __post_init__(self):
         super().__post_init__()
-        if not self.ns or min(self.ns) < 1 or self.prompts < 1 or self.prompt_len < 1 or self.batch_size < 1:
-            raise ConfigError(f"{self.name}: ns={self.ns}, prompts={self.prompts}, prompt_len={self.prompt_len} and "
-                              f"batch_size={self.batch_size} must be at least 1")  # fmt: skip
+        if not self.ns or min(self.ns) < 1:
+            raise ConfigError(f"{self.name}.ns={self.ns}; give at least one number, each at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Comparisons(Stage):
+class Comparisons(Sampled):
     """Fresh comparisons for an online round: pairs of replies by `policies`, labelled by a PM in the place of people.
 
     Each of `prompts` training prompts gets two replies, by policies drawn at random (several snapshots at once, as in
@@ -272,18 +283,12 @@ class Comparisons(Stage):
     best_of: int = 1
     noise: float = 1.0
     prompts: int = 512
-    data: ComparisonData = ComparisonData()
-    prompt_len: int = 128
-    sampling: Sampling = Sampling()
-    batch_size: int = execution(64)
-    mesh: MeshConfig = execution(MeshConfig())
-    run: RunConfig = RunConfig()
 
     def __post_init__(self):
         super().__post_init__()
-        if not self.policies or self.best_of < 1 or self.noise < 0 or self.prompts < 1:
-            raise ConfigError(f"{self.name}: name at least one policy; best_of={self.best_of} and prompts={self.prompts} "
-                              f"must be at least 1, noise={self.noise} at least 0")  # fmt: skip
+        if not self.policies or self.best_of < 1 or self.noise < 0:
+            raise ConfigError(f"{self.name}: name at least one policy; best_of={self.best_of} must be at least 1, and "
+                              f"noise={self.noise} at least 0")  # fmt: skip
         if (self.best_of > 1) != bool(self.ranker):
             raise ConfigError(f"{self.name}: best_of={self.best_of} and ranker={self.ranker!r} need each other")
 

@@ -284,16 +284,22 @@ def test_kill_9_more_often(hhjax, tiny_tokenizer, uninterrupted_process, tmp_pat
     assert_same_run(run_folder(tmp_path), uninterrupted_process)
 
 
-def test_sigterm_saves_exits_75_and_goes_on_exactly(hhjax, tiny_tokenizer, uninterrupted_process, tmp_path):
-    write_experiment(tmp_path, tiny_tokenizer)
-    process = hhjax("run", "tiny.py")
-    wait_for_rows(process, tmp_path, 3)
+def test_sigterm_saves_exits_75_and_goes_on_exactly(start_hhjax, tiny_tokenizer, tmp_path):
+    """Over 80 steps, since a run of 12 may be over before the notice has come round."""
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    for folder in (whole, stopped):
+        folder.mkdir()
+        write_experiment(folder, tiny_tokenizer)
+    args = ("run", "tiny.py", "--pm.steps", 80, "--pm.save-every", 20)
+    finish(start_hhjax(whole, *args))
+    process = start_hhjax(stopped, *args)
+    wait_for_rows(process, stopped, 3)
     process.send_signal(signal.SIGTERM)
     finish(process, 75)
-    folder = run_folder(tmp_path)
+    folder = run_folder(stopped)
     assert event_names(folder)[-1] == "preempt" and not (folder / "DONE").exists() and not (folder / "LOCK").exists()
-    finish(hhjax("run", "tiny.py"))
-    assert_same_run(folder, uninterrupted_process)
+    finish(start_hhjax(stopped, *args))
+    assert_same_run(folder, run_folder(whole))
     assert (folder / "DONE").exists()
     config = json.loads((folder / "config.json").read_text())
     assert config["id"] in folder.name and config["config"]["optim"]["lr"] == 0.001
