@@ -76,6 +76,12 @@ class Stage:
         for f, hint in hinted_fields(type(self)):
             object.__setattr__(self, f.name, conform(getattr(self, f.name), hint, f"{self.name}.{f.name}"))
 
+    def require_positive(self, *names: str) -> None:
+        """Raises ConfigError unless each of these fields is at least 1, or None where it may be."""
+        for name in names:
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ConfigError(f"{self.name}.{name}={value}; it must be at least 1")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Tokenizer(Stage):
@@ -122,9 +128,7 @@ class Training(Stage):
             raise ConfigError(f"{self.name}.model={self.model!r} has no effect beside init={self.init!r}; leave it out")
         if not self.init and not self.tokenizer:
             raise ConfigError(f"{self.name} has neither init nor tokenizer; name a stage or a folder in one of them")
-        for name in ("seq_len", "batch_size", "micro_batches", "log_every", "keep", "steps"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ConfigError(f"{self.name}.{name}={getattr(self, name)}; it must be at least 1")
+        self.require_positive("seq_len", "batch_size", "micro_batches", "log_every", "keep", "steps")
         if self.epochs <= 0:
             raise ConfigError(f"{self.name}.epochs={self.epochs}; it must be positive")
 
@@ -217,9 +221,8 @@ class PPO(Stage):
         if self.sampling.top_k or self.sampling.top_p < 1 or not self.sampling.temperature:
             raise ConfigError(f"{self.name}.sampling={self.sampling}: PPO needs the probability of what was drawn; "
                               f"use top_k=0, top_p=1 and a positive temperature")  # fmt: skip
-        for name in ("prompt_len", "batch_size", "steps", "epochs", "minibatches", "micro_batches", "log_every", "keep", "eval_prompts"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{self.name}.{name}={getattr(self, name)}; it must be at least 1")
+        self.require_positive("prompt_len", "batch_size", "steps", "epochs", "minibatches", "micro_batches", "log_every", "keep",
+                              "eval_prompts")  # fmt: skip
         if self.kl.target is not None and self.kl.horizon <= 0.2 * self.batch_size:
             raise ConfigError(f"{self.name}.kl.horizon={self.kl.horizon} lets one batch of {self.batch_size} move beta by more "
                               f"than itself; choose more than {0.2 * self.batch_size:.0f}")  # fmt: skip
@@ -242,9 +245,7 @@ class Sampled(Stage):
 
     def __post_init__(self):
         super().__post_init__()
-        for name in ("prompts", "prompt_len", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{self.name}.{name}={getattr(self, name)}; it must be at least 1")
+        self.require_positive("prompts", "prompt_len", "batch_size")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -67,15 +67,15 @@ def load_curves(index: Path, only: str = "*") -> tuple[list[Curve], list[Best]]:
 
 
 def read_curve(folder: Path, run: str, experiment: str, rows: list[dict]) -> Curve:
-    config = json.loads((folder / "config.json").read_text())["config"]
-    names = pm_names(config)
+    about = json.loads((folder / "config.json").read_text())
+    config, names = about["config"], pm_names(about["config"])
     column = lambda name: np.array([row[name] for row in rows], float)  # noqa: E731
     axes = ",".join(part for part in run.split(",") if "=" in part and not part.startswith("seed="))
     first = next(row for row in read_rows(folder / "metrics.jsonl") if "eval/score" in row)
     # The 10th and 90th percentiles of a normal distribution are 2.563 standard deviations apart.
     spread = {pm: (first[f"eval/{name}_p90"] - first[f"eval/{name}_p10"]) / 2.563 for name, pm in names.items()}
     return Curve(
-        dir=folder, run=run, label=": ".join(filter(None, (experiment, axes))), seed=json.loads((folder / "config.json").read_text())["seed"],
+        dir=folder, run=run, label=": ".join(filter(None, (experiment, axes))), seed=about["seed"],
         samples=config["batch_size"] * column("step"), sqrt_kl=column("sqrt_kl"),
         scores={pm: column(name) for name, pm in names.items()}, spread=spread,
     )  # fmt: skip
@@ -137,7 +137,8 @@ def parting(train, test, window: int = WINDOW, least: float = 0.25) -> int | Non
 def reward_figure(curves: Sequence[Curve], best: Sequence[Best], path: Path, most: float = np.inf) -> str:
     """Figures 4, 13 and 33: scores on the training PM (solid) and the test PMs (dashed) against samples and sqrt(KL).
 
-    A run that several experiments share is drawn once. Curves are smoothed for the eye; fits, up to sqrt(KL) = most, are of the raw points of all seeds of a label.
+    A run that several experiments share is drawn once. Curves are smoothed for the eye; fits, up to sqrt(KL) = most, are
+    of the raw points of all seeds of a label.
     """
     groups = defaultdict(list)
     for curve in {curve.dir.resolve(): curve for curve in reversed(curves)}.values():

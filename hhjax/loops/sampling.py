@@ -29,6 +29,7 @@ from hhjax.train.rollout import closed_rows
 from hhjax.train.state import decayed
 from hhjax.types import Model, Params, Samples, Tokens, Vocabulary
 
+COMPARED = 2**32 - 3  # the stream of numpy's random numbers that fresh comparisons are drawn with
 EVALUATION = 2**32 - 1  # the child of a sampling key that held-out prompts are answered with
 
 
@@ -196,7 +197,8 @@ def run_comparisons(stage: Comparisons, ctx: StageContext) -> None:
     found = load_all(names | judges, ctx, mesh, stage.run)
     tok = next(iter(found.values())).tokenizer
     source = load_prompts(stage.data, "train", ctx, tok, stage.prompt_len, stage.batch_size)
-    rng = np.random.Generator(np.random.Philox(key=[ctx.seed, 0]))
+    # Not [seed, 0], the order in which PPO takes its prompts: the first ones would be those that it was trained on longest.
+    rng = np.random.Generator(np.random.Philox(key=[ctx.seed, COMPARED]))
     chosen = rng.permutation(source.size)[: stage.prompts]
     writer = rng.integers(len(names), size=(len(chosen), 2))  # which policy writes each reply of a pair
     replies, scores = np.empty((len(chosen), 2), object), np.zeros((len(chosen), 2))

@@ -242,8 +242,6 @@ def prefetch(source, seed: int, start: int, stop: int, host: Host) -> Iterator[B
             yield batch
 
 
-
-
 def batch_shape(batch: Batch) -> tuple[int, int]:
     """(examples, width in tokens)."""
     return (batch.chosen if isinstance(batch, Pairs) else batch).tokens.shape

@@ -226,7 +226,7 @@ def test_the_red_team_has_no_comparisons(house):
 DATA = Path(os.environ.get("HHJAX_DATA", "data"))
 
 
-@pytest.mark.skipif(not (DATA / "hh-rlhf-split").is_dir(), reason="no hh-rlhf-split under HHJAX_DATA or ./data")
+@pytest.mark.skipif(not (DATA / "hh-rlhf-split").is_dir(), reason="real comparisons are never shipped: point HHJAX_DATA at a folder with hh-rlhf-split")
 def test_fold_0_is_the_shipped_split_of_real_data():
     for name, counts in (("helpful-base", (1859, 493)), ("harmless-base", (1842, 470))):
         for split, count in zip(("train", "test"), counts):

@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 
 from hhjax.data.comparisons import ComparisonData, read_comparisons
+from hhjax.data.tokenizer import load_tokenizer
 from hhjax.experiment import BestOfN, Comparisons, Preempted
 from hhjax.fields import ConfigError
 from hhjax.io.metrics import read_events, read_rows
 from hhjax.loops.chat import talk
-from hhjax.loops.sampling import run_best_of_n, run_comparisons
+from hhjax.loops.sampling import load_prompts, run_best_of_n, run_comparisons
 from hhjax.model.generate import Sampling
 
 PAIRS = ComparisonData(sources=("pairs.jsonl",))
@@ -89,6 +90,17 @@ def test_fresh_comparisons_may_be_the_prompts_of_the_next_stage(pipeline, contex
     ctx = context(stage, tmp_path / "next")
     run_comparisons(stage, replace(ctx, parents={**ctx.parents, "fresh": tmp_path / "fresh"}))
     assert read_comparisons(tmp_path / "next" / "comparisons.jsonl.gz", strict=True)[0]
+
+
+def test_fresh_prompts_are_not_those_that_ppo_takes_first(pipeline, context, tmp_path):
+    """With one seed and one source the two draw from different streams."""
+    stage = make_comparisons(pipeline, prompts=16)
+    ctx = context(stage, tmp_path / "run")
+    run_comparisons(stage, ctx)
+    fresh = {row.prompt for row in read_comparisons(tmp_path / "run" / "comparisons.jsonl.gz")[0]}
+    source = load_prompts(PAIRS, "train", ctx, load_tokenizer(pipeline["lm"]), 32, 16)
+    first = {source.prompts[row] for row in source._epoch(ctx.seed, 0)[0]}
+    assert len(first) == 16 and len(fresh) > 8 and len(fresh & first) < len(fresh) / 2
 
 
 def test_sampling_stops_when_told(pipeline, context, tmp_path):
