@@ -55,9 +55,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(argv: Sequence[str]) -> int:
-    from hhjax import launch
+    from hhjax import workers
 
-    return launch.run(argv)
+    return workers.run(argv)
 
 
 def sweep(argv: Sequence[str]) -> int:

@@ -20,6 +20,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
+from hhjax.clinic.corpus import PARTS, write_part
+from hhjax.clinic.gold import Raters
 from hhjax.data.comparisons import ComparisonData
 from hhjax.data.sources import TextData, data_files
 from hhjax.fields import ConfigError, conform, hinted_fields, nearest
@@ -94,6 +96,28 @@ class Tokenizer(Stage):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Clinic(Stage):
+    """A part of the simulated clinic's data, see docs/clinic.md: "helpful" or "harmless" comparisons, "text", or an "exam".
+
+    size: rows of training comparisons, documents or questions. raters: who compares. writer: what writes the files, which a
+    world of your own replaces: (folder, part, size, raters, seed) -> {file: rows}.
+    """
+
+    kind: ClassVar[str] = "clinic"
+    part: str
+    size: int = 4000
+    raters: Raters = Raters()
+    writer: Callable = write_part
+    seed: int | None = execution(None)
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.require_positive("size")
+        if self.writer is write_part and self.part not in PARTS:
+            raise ConfigError(f"{self.name}.part={self.part!r}; choose one of {', '.join(PARTS)}")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Training(Stage):
     """What every gradient-trained stage has.
 
@@ -159,12 +183,14 @@ class PM(Training):
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluate(Stage):
-    """Scores the test split of `data` with a PM; `baselines` adds the length rule and the bag of words."""
+    """Scores the test split of `data` with a PM; `baselines` adds the length rule and the bag of words. raters: the simulated
+    ones that labelled the tests, where they did: what their noise leaves to be had is told beside the accuracy."""
 
     kind: ClassVar[str] = "evaluate"
     of: str = reference("pm")
     data: ComparisonData = ComparisonData()
     baselines: bool = True
+    raters: Raters | None = None
     batch_size: int = execution(64)
     mesh: MeshConfig = execution(MeshConfig())
 
@@ -179,7 +205,8 @@ class PPO(Stage):
     batch_size samples an iteration, one a prompt; steps iterations; epochs and minibatches of each (the paper: K = 1 for
     a static scan, 2 for robustness, 4 online). objective: (Actor, loss config) -> LossFn over Rollout.
     eval_every: iterations between looks at eval_prompts held-out prompts (0: first and last). rollout_mesh: the layout of
-    sampling, where it is not the layout of training.
+    sampling, where it is not the layout of training. watch: (prompts, replies) -> {name: a number a reply, nan where it
+    does not apply}, logged as means `watch/NAME`: what you want to know of the text, such as the clinic's gold utilities.
     """
 
     kind: ClassVar[str] = "ppo"
@@ -200,6 +227,7 @@ class PPO(Stage):
     rollout: RolloutConfig = RolloutConfig()
     objective: Callable = ppo_objective
     loss: Any = PPOLoss()  # whatever frozen dataclass the objective takes
+    watch: Callable | None = None
     optim: OptimConfig = OptimConfig(lr=1e-4, warmup_steps=10)
     value_optim: OptimConfig = OptimConfig(lr=3e-4, warmup_steps=10)
     seed: int | None = execution(None)
@@ -252,7 +280,8 @@ class Sampled(Stage):
 class BestOfN(Sampled):
     """Rejection sampling: the best of n replies by a PM, for every n in `ns` (Bai et al. 2022, section 4.5, appendix B.6).
 
-    max(ns) replies to each of `prompts` held-out prompts are drawn from `policy` and scored by reward and tests.
+    max(ns) replies to each of `prompts` held-out prompts are drawn from `policy` and scored by reward, tests and `watch`,
+    which is PPO's.
     """
 
     kind: ClassVar[str] = "best_of_n"
@@ -260,6 +289,7 @@ class BestOfN(Sampled):
     reward: str = reference("pm")
     tests: tuple[str, ...] = reference("pm", default=())
     ns: tuple[int, ...] = (1, 4, 16, 64)
+    watch: Callable | None = None
 
     def __post_init__(self):
         super().__post_init__()
@@ -269,7 +299,8 @@ class BestOfN(Sampled):
 
 @dataclass(frozen=True, kw_only=True)
 class Comparisons(Sampled):
-    """Fresh comparisons for an online round: pairs of replies by `policies`, labelled by a PM in the place of people.
+    """Fresh comparisons for an online round: pairs of replies by `policies`, labelled by simulated raters, or by a PM in the
+    place of people.
 
     Each of `prompts` training prompts gets two replies, by policies drawn at random (several snapshots at once, as in
     Bai et al. 2022, section 4.5); the label is drawn with probability sigmoid(difference / noise); at noise 0 the
@@ -279,7 +310,8 @@ class Comparisons(Sampled):
 
     kind: ClassVar[str] = "comparisons"
     policies: tuple[str, ...] = reference("lm", "ppo")
-    labeler: str = reference("pm")
+    labeler: str | None = reference("pm", default=None)
+    raters: Raters | None = None
     ranker: str | None = reference("pm", default=None)
     best_of: int = 1
     noise: float = 1.0
@@ -290,16 +322,73 @@ class Comparisons(Sampled):
         if not self.policies or self.best_of < 1 or self.noise < 0:
             raise ConfigError(f"{self.name}: name at least one policy; best_of={self.best_of} must be at least 1, and "
                               f"noise={self.noise} at least 0")  # fmt: skip
+        if bool(self.labeler) == bool(self.raters):
+            raise ConfigError(f"{self.name}: labeler={self.labeler!r} and raters={self.raters}: give one of them")
         if (self.best_of > 1) != bool(self.ranker):
             raise ConfigError(f"{self.name}: best_of={self.best_of} and ranker={self.ranker!r} need each other")
 
 
 @dataclass(frozen=True, kw_only=True)
+class Exam(Stage):
+    """Multiple-choice questions to a language model or policy, by the probability of the options (Bai et al. 2022, section 4.6).
+
+    data: where exam.jsonl.gz lies: rows {"subject", "question", "options", "answer"}. shots: solved questions before each.
+    """
+
+    kind: ClassVar[str] = "exam"
+    of: str = reference("lm", "ppo", "pm")
+    data: str = reference("clinic")
+    shots: tuple[int, ...] = (0, 3)
+    batch_size: int = execution(64)
+    mesh: MeshConfig = execution(MeshConfig())
+    run: RunConfig = RunConfig()
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not self.shots or min(self.shots) < 0:
+            raise ConfigError(f"{self.name}.shots={self.shots}; give at least one number, each at least 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Detect(Stage):
+    """Out-of-distribution detection: are prompts of `outside` told from those of `inside` by a layer's activations?
+
+    of: the model. layer: how many of its layers are run. fit: training prompts of `inside` that the Gaussian is fitted to.
+    exposure: numbers of outside examples that a linear probe is shown. noise: share of the words of every prompt that are
+    replaced by words of other prompts, which makes clean prompts of a small world harder to tell (Bai et al. 2022, section 5.4).
+    """
+
+    kind: ClassVar[str] = "detect"
+    of: str = reference("lm", "pm", "ppo")
+    inside: ComparisonData = ComparisonData(("helpful-base",))
+    outside: ComparisonData = ComparisonData(("harmless-base",))
+    layer: int = 1
+    fit: int = 200
+    exposure: tuple[int, ...] = (1, 10, 100)
+    noise: float = 0.0
+    prompt_len: int = 128
+    batch_size: int = execution(64)
+    mesh: MeshConfig = execution(MeshConfig())
+    run: RunConfig = RunConfig()
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.require_positive("layer", "fit", "prompt_len", "batch_size")
+        if not 0 <= self.noise < 1:
+            raise ConfigError(f"{self.name}.noise={self.noise}; it must be at least 0 and below 1")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Report(Stage):
-    """Tables and figures from the evaluations it names; pooled where there are several."""
+    """Tables and figures from the stages it names.
+
+    draw: (run directories by reference, folder to write in) -> the text to print; None: tables, calibration and turns of
+    evaluations.
+    """
 
     kind: ClassVar[str] = "report"
-    of: tuple[str, ...] = reference("evaluate")
+    of: tuple[str, ...] = reference("evaluate", "ppo", "best_of_n", "exam", "detect", "comparisons")
+    draw: Callable | None = None
 
 
 # Experiments and sweeps -----------------------------------------------------------------------------------------------
@@ -498,8 +587,9 @@ def references(stage: Stage, earlier) -> list[tuple[str, str, tuple[str, ...]]]:
         value = getattr(stage, f.name)
         if (kinds := f.metadata.get("ref")) and value:
             found += [(f.name, ref, kinds) for ref in ((value,) if isinstance(value, str) else value)]
-        elif isinstance(value, ComparisonData):
-            found += [(f"{f.name}.sources", s, ("comparisons",)) for s in value.sources if split_step(s)[0] in earlier]
+        elif isinstance(value, ComparisonData | TextData):
+            kinds = ("comparisons", "clinic") if isinstance(value, ComparisonData) else ("clinic",)
+            found += [(f"{f.name}.sources", s, kinds) for s in value.sources if split_step(s)[0] in earlier]
     return found
 
 
@@ -555,6 +645,8 @@ def size_of(stage: Stage, parents: Mapping, placed: Mapping[str, Placed]) -> str
     a folder that is no run directory is its name."""
     if isinstance(stage, Tokenizer):
         return f"v{stage.vocab}"
+    if isinstance(stage, Clinic):
+        return stage.part
     if isinstance(stage, Training) and not stage.init:
         return stage.model or DEFAULT_SIZE
     first = next(iter(parents))

@@ -36,6 +36,10 @@ class LaunchConfig:
     """Replaces the experiment's seed."""
     data_dir: Path | None = None
     """The data folder; otherwise $HHJAX_DATA, otherwise ./data."""
+    jobs: int = 1
+    """Processes that share the stages on this machine."""
+    share: bool = False
+    """Take whatever stage is ready and nobody else is at: for several processes, or machines, of one command."""
     fast: bool = False
     """A small version of the experiment, where the file has one."""
     dry_run: bool = False

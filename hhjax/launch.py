@@ -11,6 +11,7 @@ import os
 import shlex
 import socket
 import sys
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,14 +20,17 @@ from hhjax.experiment import Diverged, Placed, Preempted, Run, StageContext, pla
 from hhjax.fields import ConfigError
 from hhjax.flags import Command, modules_beside, parse
 from hhjax.io.files import write_atomically
-from hhjax.io.lock import hold_lock
+from hhjax.io.lock import hold_lock, is_held
 from hhjax.io.metrics import write_event
 from hhjax.io.rundir import write_start
 
 # Exit codes. A hang that the watchdog ends and a crash are 1, a lost peer is 134: both are worth a restart.
 DONE, CRASHED, BAD_CONFIG, NOT_FINITE, PREEMPTED = 0, 1, 2, 65, 75
 
+WAIT_S = 0.5  # between looks at what others are at
+
 LOOPS = {  # a stage's kind -> module:function, called as function(stage, context)
+    "clinic": "hhjax.loops.clinic:run",
     "tokenizer": "hhjax.loops.supervised:run_tokenizer",
     "lm": "hhjax.loops.supervised:run",
     "pm": "hhjax.loops.supervised:run",
@@ -34,13 +38,19 @@ LOOPS = {  # a stage's kind -> module:function, called as function(stage, contex
     "best_of_n": "hhjax.loops.sampling:run_best_of_n",
     "comparisons": "hhjax.loops.sampling:run_comparisons",
     "evaluate": "hhjax.loops.evaluate:run",
+    "exam": "hhjax.loops.probes:run_exam",
+    "detect": "hhjax.loops.probes:run_detect",
     "report": "hhjax.loops.report:run",
 }
 
 
 def run(argv: Sequence[str]) -> int:
     """`hhjax run FILE ...`: trains what is missing, in order. Returns the exit code."""
-    command, _ = parse(argv, "hhjax run")
+    return run_command(parse(argv, "hhjax run")[0])
+
+
+def run_command(command: Command) -> int:
+    """The same, of a parsed command line."""
     launch = command.launch
     if launch.print_config:
         print(json.dumps({r.full_name: shown_config(r, launch) for r in command.runs}, indent=1))
@@ -54,6 +64,9 @@ def run(argv: Sequence[str]) -> int:
     placed = [(r, place(r, launch.out, launch.data_dir)) for r in command.runs]
     if launch.stage is None and first_process():
         write_index(command, placed)
+    if launch.share:
+        share_stages(command, placed, should_stop)
+        return DONE
     for each, stages in placed:
         for p in chosen_stages(each, stages, launch.stage):
             if should_stop():
@@ -132,6 +145,24 @@ def run_stage(command: Command, run: Run, placed: Placed, should_stop: Callable[
         if first_process():
             write_event(folder, "done")
             write_atomically(folder / "DONE", "")
+
+
+def share_stages(command: Command, placed: Sequence[tuple[Run, Sequence[Placed]]], should_stop: Callable[[], bool]) -> None:
+    """Brings every stage to DONE, one that is ready and that nobody is at at a time, in their order; the rest is waited for.
+
+    Raises ConfigError in a cluster of several processes, whose stages are all of all.
+    """
+    if is_one_of_many():
+        raise ConfigError("--share is for processes of their own; the processes of one cluster work at a stage together")
+    left = {p.dir: (run, p) for run, stages in placed for p in chosen_stages(run, stages, command.launch.stage)}
+    while left := {folder: each for folder, each in left.items() if not is_done(folder)}:
+        ready = (each for folder, each in left.items() if not is_held(folder) and not any(map(left.__contains__, each[1].parents.values())))
+        if should_stop():
+            raise Preempted("told to stop between two stages")
+        if (chosen := next(ready, None)) is None:
+            time.sleep(WAIT_S)
+        else:
+            run_stage(command, *chosen, should_stop)
 
 
 def find_loop(kind: str) -> Callable:

@@ -1,6 +1,7 @@
 """Every shipped experiment: it opens as DESIGN asks, its stages fit together, and the quickstart's runs to its report."""
 
 import gzip
+import html
 import inspect
 import json
 import os
@@ -14,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from hhjax.analysis.clinic import write_report
 from hhjax.experiment import place
 from hhjax.fields import ConfigError
 from hhjax.flags import parse
@@ -142,7 +144,30 @@ def test_ppo_and_rejection_sampling_go_from_data_to_figure(hh_data, hhjax, tmp_p
 
 
 @pytest.mark.slow
-def test_the_quickstart_goes_from_data_to_report(hh_data, hhjax, tmp_path):
+def test_the_quickstart_goes_from_nothing_to_a_report(hhjax, tmp_path):
+    """With two processes that share its stages; the report's figures are those that the figure functions draw from the folders."""
+    process = hhjax("run", ROOT / "experiments" / "quickstart.py", "--fast", "--jobs", 2, env={"HHJAX_DATA": ""})
+    output, _ = process.communicate(timeout=900)
+    assert process.returncode == 0, output
+    index = json.loads((tmp_path / "runs" / "experiments" / "quickstart.json").read_text())["runs"]["quickstart"]
+    assert f"{len(set(index.values()))} of {len(set(index.values()))} stages done" in output
+    starts = [json.loads(line) for f in (tmp_path / "runs").glob("*/*/events.jsonl") for line in f.read_text().splitlines()]
+    starts = [e for e in starts if e["event"] == "start"]
+    assert len(starts) == len(set(index.values())) and len({e["pid"] for e in starts}) == 2  # each once, by two processes
+    report = tmp_path / "runs" / index["report"]
+    page = (report / "report.html").read_text()
+    assert page.count("data:image/svg+xml") == 10 and "<script" not in page and "http://" not in page.replace("http://www.w3.org", "")
+    folders = {stage: tmp_path / "runs" / folder for stage, folder in index.items()}
+    again = write_report(folders, tmp_path / "again")
+    assert again.splitlines()[:-1] == (report / "report.txt").read_text().splitlines()[:-1]
+    for found in again.splitlines()[:-1]:
+        assert html.escape(found.split(": ", 1)[1]) in page
+    for drawn in (tmp_path / "again" / "figures").glob("*.csv"):
+        assert drawn.read_text() == (report / "figures" / drawn.name).read_text()
+
+
+@pytest.mark.slow
+def test_the_human_comparisons_go_from_data_to_report(hh_data, hhjax, tmp_path):
     process = hhjax("run", ROOT / "experiments" / "pm_hh.py", "--fast", "--data-dir", hh_data, "--tok.vocab", 320)
     output, _ = process.communicate(timeout=600)
     assert process.returncode == 0, output

@@ -46,7 +46,10 @@ def by(results: Sequence[Result], key) -> dict:
 
 
 def accuracy_figure(results: Sequence[Result], path: Path) -> str:
-    """Figure 7: accuracy against the number of comparisons (a line a size) and against parameters (a line a number)."""
+    """Figure 7: accuracy against the number of comparisons (a line a size) and against parameters (a line a number).
+
+    Where the evaluations say what the labels' noise leaves to be had (`bayes`, of simulated raters), a line shows it.
+    """
     scores = by(results, lambda r: (r.about["parameters"], r.about["comparisons"]))
     names = {r.about["parameters"]: r.about["size"] for r in results}
     sizes, amounts = ([*dict.fromkeys(sorted(k[i] for k in scores))] for i in (0, 1))
@@ -60,10 +63,16 @@ def accuracy_figure(results: Sequence[Result], path: Path) -> str:
     ]
     biggest, most = by_amount[-1], by_size[-1]
     found = [trend(biggest, "comparisons", f"the {biggest.label} model"), trend(most, "parameters", most.label)]
+    limits = [r.about["bayes"] for r in results if r.about.get("bayes")]
+    best = float(np.mean(limits)) if limits else None
+    if best is not None:
+        found.append(f"The raters' noise leaves {best:.3f} (dashed): the best model is {best - max(biggest.y):.3f} below.")
     fig, axes = plt.subplots(1, 2, figsize=(10, 4.2), sharey=True)
     for ax, lines, label in zip(axes, (by_amount, by_size), ("comparisons", "parameters without embeddings")):
         draw(ax, lines, label, "test accuracy")
         chance(ax)
+        if best is not None:
+            ax.axhline(best, color="black", lw=0.9, ls="--")
         ax.label_outer()
     log_axis(axes[0], amounts, [f"{n:,}" for n in amounts])
     log_axis(axes[1], sizes, [names[s] for s in sizes])
@@ -75,11 +84,12 @@ def mixture_figure(results: Sequence[Result], path: Path) -> str:
     """Figures 19 and 26: accuracy on each kind of test, and their mean, against the harmless share of training."""
     lines, means = [], []
     for (size, name), group in _grouped(results, lambda r: (r.about["parameters"], r.about["size"])).items():
-        scores = by(group, lambda r: r.about["shares"].get("harmless-base", 0.0))
+        scores = by(group, lambda r: round(sum(share for source, share in r.about["shares"].items() if source.startswith("harmless")), 2))
         shares = [100 * s for s in scores]
         kinds = {}
-        for kind in ("helpful-base", "harmless-base"):
-            kinds[kind] = estimate_line(f"{name} on {kind}", shares, [accuracy(p.only(p.source == kind)) for p in scores.values()])
+        for kind in ("helpful", "harmless"):
+            points = [accuracy(p.only(np.char.startswith(p.source, kind))) for p in scores.values()]
+            kinds[kind] = estimate_line(f"{name} on {kind}", shares, points)
         lines += kinds.values()
         means.append(estimate_line(f"{name}, both tests", shares, [mean_over_kinds(p) for p in scores.values()]))
     helpful, harmless = lines[0], lines[1]
@@ -204,8 +214,12 @@ def log_axis(ax, ticks: Sequence[int], labels: Sequence[str]) -> None:
 
 
 def finish(fig, path: Path, claim: str, found: str, panels: dict[str, Sequence[Line]]) -> str:
-    """Writes path.png, with claim and finding below the axes, and path.csv; returns what was found, in words."""
+    """Writes path.png, with claim and finding below the axes; path.svg and path.txt, the two apart; and path.csv. Returns what
+    was found, in words."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    fig.tight_layout()
+    fig.savefig(path.with_suffix(".svg"))
+    path.with_suffix(".txt").write_text(f"{claim}\nHere: {found}\n")
     width, height = fig.get_size_inches()
     columns = int(width * 17)  # of 7.5 point text
     text = [line for part in (claim, f"Here: {found}") for line in textwrap.wrap(part, columns, break_on_hyphens=False)]

@@ -19,7 +19,7 @@ WINDOW = 11  # iterations that a point of a smoothed curve is a mean of
 class Curve(NamedTuple):
     """One PPO run, an entry an iteration. scores: PM -> [N] mean score above the initial policy's; the first PM is the one
     that was trained on. spread: PM -> standard deviation of its scores of the initial policy's replies. label: what tells the
-    run from others but for the seed."""
+    run from others but for the seed. gold: what simulated annotators think, above the initial policy's; None without any."""
 
     dir: Path
     run: str
@@ -29,6 +29,7 @@ class Curve(NamedTuple):
     sqrt_kl: np.ndarray
     scores: dict[str, np.ndarray]
     spread: dict[str, float]
+    gold: np.ndarray | None = None
 
 
 class Best(NamedTuple):
@@ -74,8 +75,9 @@ def read_curve(folder: Path, run: str, experiment: str, rows: list[dict]) -> Cur
     first = next(row for row in read_rows(folder / "metrics.jsonl") if "eval/score" in row)
     # The 10th and 90th percentiles of a normal distribution are 2.563 standard deviations apart.
     spread = {pm: (first[f"eval/{name}_p90"] - first[f"eval/{name}_p10"]) / 2.563 for name, pm in names.items()}
+    gold = column("watch/gold") - first["eval/watch/gold"] if "watch/gold" in rows[0] else None
     return Curve(
-        dir=folder, run=run, label=": ".join(filter(None, (experiment, axes))), seed=about["seed"],
+        dir=folder, run=run, label=": ".join(filter(None, (experiment, axes))), seed=about["seed"], gold=gold,
         samples=config["batch_size"] * column("step"), sqrt_kl=column("sqrt_kl"),
         scores={pm: column(name) for name, pm in names.items()}, spread=spread,
     )  # fmt: skip
@@ -118,6 +120,39 @@ def smoothed(x, window: int = WINDOW) -> np.ndarray:
     return (sums[high] - sums[low]) / (high - low)
 
 
+class Peak(NamedTuple):
+    """The highest point of a smoothed curve. turned: whether the curve ends lower, by more than two standard errors."""
+
+    x: float
+    y: float
+    end: float
+    turned: bool
+
+
+def find_peak(x, y, window: int = WINDOW) -> Peak:
+    """Where means over `window` iterations are highest; x, y: [N], in the order of the iterations."""
+    x, y = np.asarray(x, float), np.asarray(y, float)
+    means = smoothed(y, window)
+    inside = slice(window // 2, len(y) - window // 2) if len(y) > window else slice(None)  # whole windows only
+    at, last = int(np.argmax(means[inside])) + (inside.start or 0), (inside.stop or len(y)) - 1
+    error = np.std(y - means) * (2 / min(window, len(y))) ** 0.5
+    return Peak(float(smoothed(x, window)[at]), float(means[at]), float(means[last]), bool(means[at] - means[last] > 2 * error))
+
+
+def gao_fit(x, y, most: float = np.inf) -> tuple[float, float, float]:
+    """score = d (alpha - beta ln d) with d = sqrt(KL), the form of Gao et al. 2022 for RL: (alpha, beta, R²), by least squares
+    over points with 0 < d <= most. Raises ValueError on fewer than three."""
+    d, y = np.asarray(x, float), np.asarray(y, float)
+    kept = (d > 0) & (d <= most)
+    if kept.sum() < 3:
+        raise ValueError(f"{kept.sum()} points with 0 < sqrt(KL) <= {most} give no curve; choose a larger limit")
+    d, y = d[kept], y[kept]
+    columns = np.stack([d, -d * np.log(d)], 1)
+    (alpha, beta), *_ = np.linalg.lstsq(columns, y, rcond=None)
+    spread = np.sum((y - y.mean()) ** 2)
+    return float(alpha), float(beta), float(1 - np.sum((y - columns @ [alpha, beta]) ** 2) / spread) if spread else float("nan")
+
+
 def parting(train, test, window: int = WINDOW, least: float = 0.25) -> int | None:
     """The iteration (from 0) from which on the training PM stands further up than the test PM, to the end.
 
@@ -153,7 +188,13 @@ def reward_figure(curves: Sequence[Curve], best: Sequence[Best], path: Path, mos
                 for ax, x, panel in ((axes[0], curve.samples, "samples"), (axes[1], smoothed(curve.sqrt_kl), "sqrt_kl")):
                     ax.plot(x, smoothed(score), style, color=color, lw=1.3, alpha=0.8, label=name if panel == "samples" else None)
                     raw = curve.samples if panel == "samples" else curve.sqrt_kl
-                    panels[panel].append(Line(f"{curve.run}: {role} {pm}", raw, score, score, score))
+                    panels[panel].append(Line(f"{curve.label}, seed {curve.seed}: {role} {pm}", raw, score, score, score))
+            if curve.gold is not None:
+                for ax, x, panel in ((axes[0], curve.samples, "samples"), (axes[1], smoothed(curve.sqrt_kl), "sqrt_kl")):
+                    name = f"{label}: gold" if number == 0 and panel == "samples" else None
+                    ax.plot(x, smoothed(curve.gold), color=color, lw=2.6, alpha=0.35, label=name)
+                    raw = curve.samples if panel == "samples" else curve.sqrt_kl
+                    panels[panel].append(Line(f"{curve.label}, seed {curve.seed}: gold", raw, curve.gold, curve.gold, curve.gold))
         found.append(fits_in_words(label, group, axes[1], color, most))
     for number, stage in enumerate(best):
         for marker, (pm, score) in zip("os^Dv<>*" * len(stage.scores), stage.scores.items()):
@@ -189,6 +230,14 @@ def fits_in_words(label: str, group: Sequence[Curve], ax, color: str, most: floa
         train, *tests = (c.scores[pm] / c.spread[pm] for pm in c.scores)
         at = parting(train, np.mean(tests, 0))
         where.append("never" if at is None else f"{smoothed(c.sqrt_kl)[at]:.2f}")
+    train_scores = np.concatenate([c.scores[next(iter(c.scores))] for c in group])
+    alpha, beta, r2 = gao_fit(x, train_scores, most)
+    parts.append(f"d({alpha:.2f} {-beta:+.2f} ln d) R² {r2:.2f}")
+    for c in group:
+        if c.gold is not None:
+            peak = find_peak(c.sqrt_kl, c.gold)
+            parts.append(f"gold {peak.y:+.2f} at sqrt(KL) {peak.x:.2f}, {peak.end:+.2f} at the end"
+                         + ("" if peak.turned else ", no clear turn"))  # fmt: skip
     told = f"; train and test part at sqrt(KL) {', '.join(where)}" if where else ""
     seeds = f" ({len(group)} seeds)" if len(group) > 1 else ""
     return f"{label}{seeds}, sqrt(KL) up to {min(most, x.max()):.1f}: {'; '.join(parts)}{told}."

@@ -75,6 +75,11 @@ def is_alive(path: Path) -> bool:
     return age_s < STALE_S
 
 
+def is_held(folder: Path) -> bool:
+    """Whether a live process holds folder/LOCK."""
+    return (folder / "LOCK").exists() and is_alive(folder / "LOCK")
+
+
 def read_lock(path: Path) -> dict:
     """The holder {"host", "pid", "since"}; {} where there is none, or none that can be read."""
     try:

@@ -111,15 +111,18 @@ def read_events(run_dir: Path) -> list[dict]:
     return events
 
 
+PLAIN_S = 2.0  # seconds between lines where there is no terminal
+
+
 class Console:
-    """One line about a run: redrawn in place on a terminal, printed once a logging interval elsewhere.
+    """One line about a run: redrawn in place on a terminal; elsewhere printed, at most every two seconds and at the end.
 
     name: what the line begins with; total: the last step.
     """
 
     def __init__(self, name: str, total: int, stream=None):
         self.name, self.total, self.stream = name, total, stream or sys.stdout
-        self.saved, self.began = None, None
+        self.saved, self.began, self.printed = None, None, -PLAIN_S
         self.live = None
         if self.stream.isatty():
             from rich.console import Console as Terminal
@@ -136,7 +139,8 @@ class Console:
             from rich.text import Text
 
             self.live.update(Text(line, no_wrap=True, overflow="ellipsis"), refresh=True)
-        else:
+        elif row["step"] == self.total or time.monotonic() - self.printed >= PLAIN_S:
+            self.printed = time.monotonic()
             print(line, file=self.stream, flush=True)
 
     def say(self, text: str) -> None:

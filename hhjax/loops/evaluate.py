@@ -1,20 +1,21 @@
 """The loop of Evaluate: a preference model and its baselines on held-out comparisons."""
 
 from collections import Counter
-from dataclasses import replace
 from pathlib import Path
 
 import jax
 import numpy as np
 
 from hhjax.analysis.scores import Scores, write_summary
-from hhjax.data.comparisons import ComparisonData, load_comparisons, opening_hash
+from hhjax.clinic.gold import bayes_accuracy
+from hhjax.data.comparisons import ComparisonData, opening_hash
 from hhjax.data.records import DataError
 from hhjax.data.transcripts import HUMAN, parse_transcript
 from hhjax.evals.baselines import baseline_margins
 from hhjax.evals.preference import score_comparisons
 from hhjax.experiment import Evaluate, StageContext
 from hhjax.fields import ConfigError
+from hhjax.loops import inputs
 from hhjax.loops.supervised import load_model
 from hhjax.model.sizes import matmul_params
 from hhjax.model.transformer import RunConfig
@@ -33,8 +34,9 @@ def run(stage: Evaluate, ctx: StageContext) -> None:
     if parent.get("kind") != "pm":
         raise ConfigError(f"{stage.name}.of={stage.of!r} is no preference model; name a PM stage, or its folder")
     model, params, tokenizer = load_model(folder, step, mesh, RunConfig(dtype=parent["config"]["run"]["dtype"]))
-    test, _ = load_comparisons(stage.data, "test", ctx.data_dir)
-    train, _ = load_comparisons(training_data(parent), "train", ctx.data_dir)
+    test, _ = inputs.comparisons(stage.data, "test", ctx.data_dir, ctx.parents)
+    folders = {ref: Path(folder) for ref, folder in parent["parents"].items()}
+    train, _ = inputs.comparisons(training_data(parent), "train", ctx.data_dir, folders)
     require_unseen(train, test)
     batch_size = -(-stage.batch_size // batch_ways(mesh)) * batch_ways(mesh)
     found = score_comparisons(model, params, tokenizer, test, parent["config"]["seq_len"], batch_size, mesh)
@@ -48,6 +50,7 @@ def run(stage: Evaluate, ctx: StageContext) -> None:
         rejected=found[:, 1],
         baselines=baseline_margins(train, test) if stage.baselines else {},
     )
+    bayes = {"bayes": bayes_accuracy([row.prompt for row in test], [(row.chosen, row.rejected) for row in test], stage.raters)} if stage.raters else {}
     saw = Counter(row.source for row in train)
     about = {
         "pm": str(folder),
@@ -56,7 +59,7 @@ def run(stage: Evaluate, ctx: StageContext) -> None:
         "parameters": matmul_params(model.config),
         "comparisons": len(train),
         "shares": {source: round(count / len(train), 4) for source, count in saw.items()},
-    }
+    } | bayes
     print(write_summary(ctx.dir / "evals", scores, about))
 
 
@@ -64,8 +67,7 @@ def training_data(parent: dict) -> ComparisonData:
     """The comparisons that a preference model was trained on, from its config.json."""
     saved = parent["config"]["data"]
     fields = {name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()}
-    files = {ref: str(Path(folder) / "comparisons.jsonl.gz") for ref, folder in parent["parents"].items()}
-    return replace(ComparisonData(**fields), sources=tuple(files.get(s, s) for s in fields["sources"]))
+    return ComparisonData(**fields)
 
 
 def require_unseen(train, test) -> None:

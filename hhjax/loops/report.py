@@ -9,8 +9,12 @@ from hhjax.experiment import Report, StageContext
 
 
 def run(stage: Report, ctx: StageContext) -> None:
-    """Writes report.txt (accuracy beside the baselines, and what each figure shows) and figures/*.{png,csv}."""
+    """Writes what the stage's `draw` writes; else report.txt (accuracy beside the baselines, and what each figure shows) and
+    figures/*.{png,csv}."""
     if jax.process_index():
+        return
+    if stage.draw:
+        print(stage.draw({ref: ctx.parent(ref)[0] for ref in stage.of}, ctx.dir))
         return
     figures, parts = ctx.dir / "figures", []
     for ref in stage.of:

@@ -162,7 +162,8 @@ def iterate(setup: Setup, phases: Phases, state: TrainState, offsets: dict, beta
     key = jax.random.fold_in(sampling_key(setup), done)
     state, samples, report, metrics = advance(phases, state, setup.frozen, prompts, key, offsets, beta, seconds)
     rows = fetch(samples.rows, mesh)
-    row = report_row(jax.device_get(report), rows) | {n: float(x) for n, x in jax.device_get(metrics).items() if n != "weight"}
+    seen = watched(stage, [setup.prompts.prompts[i] for i in setup.prompts.rows_of(setup.ctx.seed, done - 1)], rows, setup.tok)
+    row = report_row(jax.device_get(report), rows) | means(seen) | {n: float(x) for n, x in jax.device_get(metrics).items() if n != "weight"}
     tokens, new = int(rows.length.sum()), int((rows.length - rows.prompt_len).sum())
     rates = {f"{name}_s": s for name, s in vars(seconds).items()}
     rates |= {"generate_tokens_per_s": new / seconds.generate, "score_tokens_per_s": tokens / seconds.score,
@@ -217,13 +218,25 @@ def look(setup: Setup, phases: Phases, state: TrainState, offsets: dict, done: i
         texts += reply_texts(rows, tok)[:real]
         tokens.append(jax.tree.map(lambda x: x[:real], rows))
     whole = {name: np.concatenate([p[name] for p in parts]) for name in parts[0]}
-    row = report_row(whole, jax.tree.map(lambda *xs: np.concatenate(xs), *tokens))
+    rows, prompts = jax.tree.map(lambda *xs: np.concatenate(xs), *tokens), [setup.held_out.prompts[at] for at in chosen]
+    seen = watched(stage, prompts, rows, tok)
     if jax.process_index() == 0:
-        numbers = ("score", "k1", "length", "stopped", *(f"test/{ref}" for ref in stage.tests))
+        columns = {n: whole[n] for n in ("score", "k1", "length", "stopped", *(f"test/{ref}" for ref in stage.tests))} | seen
         write_samples(setup.ctx.dir, f"{done:06}", [
-            {"row": i, **{n: round(float(whole[n][i]), 4) for n in numbers}, "prompt": setup.held_out.prompts[at], "reply": text}
-            for i, (at, text) in enumerate(zip(chosen, texts))])  # fmt: skip
-    return row
+            {"row": i, **{n: round(float(x[i]), 4) for n, x in columns.items() if np.isfinite(x[i])}, "prompt": prompt, "reply": text}
+            for i, (prompt, text) in enumerate(zip(prompts, texts))])  # fmt: skip
+    return report_row(whole, rows) | means(seen)
+
+
+def watched(stage: PPO, prompts: list[str], rows, tok: Tokenizer) -> dict[str, np.ndarray]:
+    """watch/NAME -> what the stage's `watch` says of every reply, [B]; nan where it does not apply."""
+    said = stage.watch(prompts, reply_texts(rows, tok)) if stage.watch else {}
+    return {f"watch/{name}": np.asarray(x, float) for name, x in said.items()}
+
+
+def means(columns: dict[str, np.ndarray]) -> dict[str, float]:
+    """The mean of each column over the replies that it applies to; columns that apply to none are left out."""
+    return {name: float(np.nanmean(x)) for name, x in columns.items() if np.isfinite(x).any()}
 
 
 # The start ------------------------------------------------------------------------------------------------------------

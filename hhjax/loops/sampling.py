@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hhjax.data.comparisons import ComparisonData, load_comparisons
+from hhjax.data.comparisons import ComparisonData
 from hhjax.data.stream import PromptSource
 from hhjax.data.tokenizer import Tokenizer
 from hhjax.data.transcripts import has_marker
@@ -20,7 +20,8 @@ from hhjax.experiment import BestOfN, Comparisons, Preempted, StageContext
 from hhjax.fields import ConfigError
 from hhjax.io.files import write_atomically
 from hhjax.io.metrics import write_event
-from hhjax.loops.supervised import compute_dtype, load_model, local_data
+from hhjax.loops import inputs
+from hhjax.loops.supervised import compute_dtype, load_model
 from hhjax.model.generate import Sampling, generate
 from hhjax.model.transformer import RunConfig
 from hhjax.objectives.preference import end_scores
@@ -61,7 +62,7 @@ def frozen(loaded: Loaded, run: RunConfig) -> Params:
 
 def load_prompts(data: ComparisonData, split: str, ctx: StageContext, tok: Tokenizer, width: int, batch_size: int) -> PromptSource:
     """The distinct prompts of one side of the comparisons."""
-    rows, _ = load_comparisons(local_data(data, ctx), split, ctx.data_dir)
+    rows, _ = inputs.comparisons(data, split, ctx.data_dir, ctx.parents)
     return PromptSource((row.prompt for row in rows), tok, width, batch_size)
 
 
@@ -135,6 +136,9 @@ def run_best_of_n(stage: BestOfN, ctx: StageContext) -> None:
     if jax.process_index():
         return
     # Above the mean of one reply to the same prompt: errors are of the gain, and not of how prompts differ.
+    prompts = [source.prompts[row] for row in rows]
+    seen = {f"watch/{name}": np.asarray(x, float) for name, x in stage.watch(prompts, texts).items()} if stage.watch else {}
+    scores |= {name: x for name, x in seen.items() if np.isfinite(x).all()}  # a gain needs every reply's
     by_prompt = {name.removeprefix("tests."): s.reshape(len(chosen), most) for name, s in scores.items()}
     by_pm = {name: s - s.mean(1, keepdims=True) for name, s in by_prompt.items()}
     table = []
@@ -189,11 +193,11 @@ def write_samples(folder: Path, name: str, rows: list[dict]) -> None:
 
 
 def run_comparisons(stage: Comparisons, ctx: StageContext) -> None:
-    """Writes comparisons.jsonl.gz: {"prompt", "chosen", "rejected"} and what the labeler thought; and the counts."""
+    """Writes comparisons.jsonl.gz: {"prompt", "chosen", "rejected"}, who wrote them and what a PM that labels thought; and the counts."""
     mesh = make_mesh(stage.mesh)
     check_batch(stage.batch_size, mesh)
     names = {f"policies.{i}": ref for i, ref in enumerate(stage.policies)}
-    judges = {"labeler": stage.labeler} | ({"ranker": stage.ranker} if stage.ranker else {})
+    judges = {name: ref for name, ref in (("labeler", stage.labeler), ("ranker", stage.ranker)) if ref}
     found = load_all(names | judges, ctx, mesh, stage.run)
     tok = next(iter(found.values())).tokenizer
     source = load_prompts(stage.data, "train", ctx, tok, stage.prompt_len, stage.batch_size)
@@ -209,10 +213,12 @@ def run_comparisons(stage: Comparisons, ctx: StageContext) -> None:
         rows = np.repeat(chosen[pair], stage.best_of)
         key = jax.random.fold_in(jax.random.key(ctx.seed), number)  # two policies do not share their noise
         drawn, texts = draw_and_judge(stage, ctx, key, found, policy, list(judges), source, rows, mesh)
-        ranks = drawn.get("ranker", drawn["labeler"]).reshape(-1, stage.best_of).argmax(1)
-        best = np.arange(len(pair)) * stage.best_of + ranks
+        best = np.arange(len(pair)) * stage.best_of
+        if stage.ranker:
+            best += drawn["ranker"].reshape(-1, stage.best_of).argmax(1)
         replies[pair, side] = np.array(texts, object)[best]
-        scores[pair, side] = drawn["labeler"][best]
+        if stage.labeler:
+            scores[pair, side] = drawn["labeler"][best]
     if jax.process_index():
         return
     pairs, dropped = [], {"equal": 0, "empty": 0, "turn marker": 0}
@@ -223,11 +229,14 @@ def run_comparisons(stage: Comparisons, ctx: StageContext) -> None:
         if reason:
             dropped[reason] += 1
             continue
-        difference = scores[i, 0] - scores[i, 1]
-        first = rng.random() < 1 / (1 + np.exp(-difference / stage.noise)) if stage.noise else difference > 0
+        if stage.raters:
+            first = stage.raters.first_wins(source.prompts[row], *both, rng)
+        else:
+            difference = scores[i, 0] - scores[i, 1]
+            first = rng.random() < 1 / (1 + np.exp(-difference / stage.noise)) if stage.noise else difference > 0
         win, lose = (0, 1) if first else (1, 0)
-        pairs.append({"prompt": source.prompts[row], "chosen": both[win], "rejected": both[lose],
-                      "scores": [float(scores[i, win]), float(scores[i, lose])],
+        said = {"scores": [float(scores[i, win]), float(scores[i, lose])]} if stage.labeler else {}
+        pairs.append({"prompt": source.prompts[row], "chosen": both[win], "rejected": both[lose], **said,
                       "policies": [stage.policies[writer[i, win]], stage.policies[writer[i, lose]]]})  # fmt: skip
     data = "".join(json.dumps(pair, ensure_ascii=False) + "\n" for pair in pairs).encode()
     (ctx.dir / "comparisons.jsonl.gz").write_bytes(gzip.compress(data, mtime=0))

@@ -16,8 +16,6 @@ import jax
 import numpy as np
 
 from hhjax import roofline
-from hhjax.data.comparisons import ComparisonData, load_comparisons
-from hhjax.data.sources import load_documents
 from hhjax.data.stream import Host, LMSource, PairSource
 from hhjax.data.tokenizer import load_tokenizer, train_tokenizer
 from hhjax.experiment import DEFAULT_SIZE, PM, Preempted, StageContext, Tokenizer, Training
@@ -26,6 +24,7 @@ from hhjax.io import checkpoint
 from hhjax.io.files import write_atomically
 from hhjax.io.metrics import write_event
 from hhjax.io.models import open_model
+from hhjax.loops import inputs
 from hhjax.loops.progress import Progress
 from hhjax.model.sizes import model_config
 from hhjax.model.transformer import ModelConfig, RunConfig, config_to_json, make_model
@@ -93,7 +92,7 @@ def run(stage: Training, ctx: StageContext) -> None:
 def run_tokenizer(stage: Tokenizer, ctx: StageContext) -> None:
     """Trains the tokenizer on process 0."""
     if jax.process_index() == 0:
-        texts = [document.text for document in load_documents(stage.data, ctx.data_dir)]
+        texts = [document.text for document in inputs.documents(stage.data, "train", ctx.data_dir, ctx.parents)]
         train_tokenizer(texts, stage.vocab, ctx.dir)
 
 
@@ -205,12 +204,11 @@ def sample_rows(batch: Batch, tokenizer) -> Iterator[dict]:
 def load_sources(stage: Training, ctx: StageContext, tokenizer):
     """The training rows, and at most `eval_rows` held-out ones. The counts go to events.jsonl and the console."""
     if isinstance(stage, PM):
-        data = local_data(stage.data, ctx)
-        (train, report), (test, _) = (load_comparisons(data, split, ctx.data_dir) for split in ("train", "test"))
+        (train, report), (test, _) = (inputs.comparisons(stage.data, split, ctx.data_dir, ctx.parents) for split in ("train", "test"))
         source, held_out = (PairSource(rows, tokenizer, stage.seq_len, stage.batch_size) for rows in (train, test))
         details = {"report": str(report), "truncated": source.truncated, "too_long": source.too_long}
     else:
-        train, test = (load_documents(stage.data, ctx.data_dir, split) for split in ("train", "test"))
+        train, test = (inputs.documents(stage.data, split, ctx.data_dir, ctx.parents) for split in ("train", "test"))
         source, held_out = (LMSource(docs, tokenizer, stage.seq_len, stage.batch_size) for docs in (train, test))
         details = {"documents": len(train)}
     if jax.process_index() == 0:
@@ -219,12 +217,6 @@ def load_sources(stage: Training, ctx: StageContext, tokenizer):
             print(f"{replace(report, notes=[])}\n{source.truncated} pairs truncated, {source.too_long} too long")
         print(f"{stage.name}: {source.size} rows, {held_out.size} held out, {source.steps_per_epoch} steps an epoch")
     return source, held_out
-
-
-def local_data(data: ComparisonData, ctx: StageContext) -> ComparisonData:
-    """The data with sources that are stages replaced by the files those wrote."""
-    sources = (f"{ctx.parents[s]}/comparisons.jsonl.gz" if s in ctx.parents else s for s in data.sources)
-    return replace(data, sources=tuple(sources))
 
 
 def total_steps(stage: Training, source) -> int:

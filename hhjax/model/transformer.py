@@ -379,6 +379,11 @@ def _product_backward(kept, g):
 product.defvjp(lambda x, w: (x @ w, (x, w)), _product_backward)
 
 
+def first_layers(params, layers: int):
+    """The parameters of a model that ends after so many of its layers, for a config with that number."""
+    return params | {"blocks": jax.tree.map(lambda x: x[:layers], params["blocks"])}
+
+
 def config_to_json(cfg: ModelConfig) -> dict:
     return asdict(cfg)
 

@@ -90,6 +90,23 @@ def test_samples_keep_transcripts_and_scores(finished):
     assert [r["reply"] for r in first] != [r["reply"] for r in last]
 
 
+def test_what_is_watched_is_logged_of_the_very_replies(pipeline, context, tmp_path):
+    def watch(prompts, replies):
+        first = [p.split()[1].isdigit() for p in prompts]  # "Human: 17 ...": the prompt is whole and its own
+        return {"words": [len(r.split()) for r in replies], "whole": first, "never": [np.nan] * len(replies),
+                "half": [i % 2 or np.nan for i in range(len(replies))]}  # fmt: skip
+
+    stage = make_ppo(pipeline, watch=watch, steps=2, eval_every=0)
+    rlhf.run(stage, context(stage, tmp_path / "run"))
+    rows = iterations(tmp_path / "run")
+    for row in rows:
+        assert row["watch/whole"] == 1 == row["watch/half"] and "watch/never" not in row and row["watch/words"] > 0
+    last = read_rows(tmp_path / "run" / "samples" / "000002.jsonl")
+    assert all(row["watch/words"] == len(row["reply"].split()) for row in last) and "watch/never" not in last[0]
+    [look] = [r for r in read_rows(tmp_path / "run" / "metrics.jsonl") if "eval/score" in r and r["step"] == 2]
+    assert look["eval/watch/words"] == pytest.approx(np.mean([row["watch/words"] for row in last]))
+
+
 def test_a_stopped_run_goes_on_as_if_nothing_had_been(finished, pipeline, context, tmp_path):
     stage = make_ppo(pipeline)
     for stop in (2, 3):  # after iterations 2 and 5

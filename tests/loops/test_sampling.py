@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from hhjax.clinic.gold import Raters
 from hhjax.data.comparisons import ComparisonData, read_comparisons
 from hhjax.data.tokenizer import load_tokenizer
 from hhjax.experiment import BestOfN, Comparisons, Preempted
@@ -52,6 +53,27 @@ def test_fresh_comparisons_are_read_like_any_others(pipeline, context, tmp_path)
     with gzip.open(path, "rt") as f:
         scores = [json.loads(line)["scores"] for line in f]
     assert all(win > lose for win, lose in scores)  # without noise the labeler's better one wins
+
+
+def test_raters_label_by_what_they_read(pipeline, context, tmp_path):
+    raters = Raters(gold=lambda prompt, reply: float(len(reply)), noise=0)
+    stage = make_comparisons(pipeline, labeler=None, raters=raters)
+    run_comparisons(stage, context(stage, tmp_path / "run"))
+    rows, _ = read_comparisons(tmp_path / "run" / "comparisons.jsonl.gz")
+    assert len(rows) > 20 and all(len(row.chosen) >= len(row.rejected) for row in rows)
+    with pytest.raises(ConfigError, match="give one of them"):
+        make_comparisons(pipeline, raters=raters)
+
+
+def test_best_of_n_reports_what_is_watched(pipeline, context, tmp_path):
+    def lengths(prompts, replies):
+        assert len(prompts) == len(replies) and all(p.endswith("Assistant:") for p in prompts)
+        return {"length": [len(r) for r in replies], "partly": [float("nan"), *[0.0] * (len(replies) - 1)]}
+
+    stage = BestOfN("best", policy=str(pipeline["lm"]), reward=str(pipeline["pm"]), ns=(1, 4), prompts=6, watch=lengths, **SMALL)
+    run_best_of_n(stage, context(stage, tmp_path / "run"))
+    rows = json.loads((tmp_path / "run" / "evals" / "best_of_n.json").read_text())["rows"]
+    assert set(rows[1]["scores"]) == {"reward", "watch/length"} and abs(rows[0]["scores"]["watch/length"]["mean"]) < 1e-6
 
 
 def test_noise_turns_some_labels(pipeline, context, tmp_path):

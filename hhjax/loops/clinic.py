@@ -1,0 +1,14 @@
+"""The loop of Clinic: a part of the simulated clinic's data."""
+
+import jax
+
+from hhjax.experiment import Clinic, StageContext
+from hhjax.io.metrics import write_event
+
+
+def run(stage: Clinic, ctx: StageContext) -> None:
+    """Writes the part's files on process 0."""
+    if jax.process_index() == 0:
+        counts = stage.writer(ctx.dir, stage.part, stage.size, stage.raters, ctx.seed)
+        write_event(ctx.dir, "data", **counts)
+        print(f"{stage.name}: " + ", ".join(f"{count} rows of {name}" for name, count in counts.items()))
