@@ -25,8 +25,8 @@ BOTH = ComparisonData(("helpful", "harmless"))
 HELPFUL, HARMLESS = (replace(BOTH, sources=(name,)) for name in BOTH.sources)
 WORLD = (
     Clinic("text", part="text", size=24000),
-    Clinic("helpful", part="helpful", size=4000),
-    Clinic("harmless", part="harmless", size=4000),
+    Clinic("helpful", part="helpful", size=8000),
+    Clinic("harmless", part="harmless", size=8000),
     Clinic("questions", part="exam", size=150),
     Tokenizer("tok", data=TEXT, vocab=640),
 )
@@ -34,10 +34,10 @@ LM_LARGE = LM("lm_large", tokenizer="tok", model="0.4M", data=TEXT, seq_len=128,
               optim=OptimConfig(lr=8e-3, schedule="cosine", warmup_steps=50, weight_decay=0.1))  # fmt: skip
 LM_SMALL = replace(LM_LARGE, name="lm_small", model="0.1M", steps=1500, optim=replace(LM_LARGE.optim, lr=1.2e-2))
 
-MIXED = PM("pm", init="lm_large", data=replace(BOTH, half="A"), seq_len=128, batch_size=32, epochs=2, log_every=20,
-           save_every=0, optim=OptimConfig(lr=1.5e-3, warmup_steps=20))  # fmt: skip
+MIXED = PM("pm", init="lm_small", data=replace(BOTH, half="A"), seq_len=128, batch_size=32, log_every=20, save_every=0,
+           optim=OptimConfig(lr=3e-3, warmup_steps=20))  # fmt: skip
 FEW = {"steps": 32, "optim": replace(MIXED.optim, lr=1e-3)}  # four epochs of 250 pairs
-SMALL = {"init": "lm_small", "optim": replace(MIXED.optim, lr=3e-3)}
+LARGE = {"init": "lm_large", "optim": replace(MIXED.optim, lr=1.5e-3)}
 
 
 def pm(name: str, limit: int | None = None, **changes) -> PM:
@@ -50,14 +50,14 @@ PMS = (
     pm("pm_250", 250, **FEW),
     pm("pm_helpful", data=HELPFUL),
     pm("pm_harmless", data=HARMLESS),
-    pm("pm_25", data=replace(BOTH, shares=(3, 1), limit=4000)),
-    pm("pm_75", data=replace(BOTH, shares=(1, 3), limit=4000)),
+    pm("pm_25", data=replace(BOTH, shares=(3, 1), limit=8000)),
+    pm("pm_75", data=replace(BOTH, shares=(1, 3), limit=8000)),
     pm("pm_1000", 1000),
-    pm("pm_small_250", 250, **SMALL | FEW),
-    pm("pm_small_1000", 1000, **SMALL),
-    pm("pm_small", **SMALL),
+    pm("pm_large_250", 250, **LARGE | FEW),
+    pm("pm_large_1000", 1000, **LARGE),
+    pm("pm_large", **LARGE),
 )
-RL = PPO("ppo", policy="lm_large", reward="pm", tests=("pm_test",), data=BOTH, prompt_len=64, batch_size=64, steps=80, watch=watch,
+RL = PPO("ppo", policy="lm_large", reward="pm", tests=("pm_test",), data=BOTH, prompt_len=64, batch_size=64, steps=75, watch=watch,
          sampling=Sampling(max_new_tokens=44), optim=OptimConfig(lr=2e-4, warmup_steps=10), value_optim=OptimConfig(lr=1e-3, warmup_steps=10),
          eval_prompts=256, save_every=0)  # fmt: skip
 POLICIES = (

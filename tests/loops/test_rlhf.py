@@ -1,6 +1,8 @@
 """The PPO loop: it raises its reward, says what happens, and no interruption shows in what it leaves behind."""
 
 import json
+import random
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -134,6 +136,42 @@ def test_work_after_the_last_save_is_done_anew(finished, pipeline, context, tmp_
     rlhf.run(stage, context(stage, tmp_path / "run"))
     assert without_times(tmp_path / "run") == without_times(finished)
     assert checkpoint.read_checksums(tmp_path / "run") == checkpoint.read_checksums(finished)
+
+
+KILLED = """
+from hhjax.data.comparisons import ComparisonData
+from hhjax.experiment import PPO, Experiment
+from hhjax.model.generate import Sampling
+
+RUNS = Experiment("killed", (
+    PPO("ppo", policy="{lm}", reward="{pm}", tests=("{pm_test}",), data=ComparisonData(("pairs.jsonl",)), prompt_len=32,
+        sampling=Sampling(12), batch_size=16, steps=60, epochs=2, minibatches=2, save_every=5, eval_every=20, eval_prompts=16),
+))
+"""
+
+
+@pytest.mark.slow
+def test_kill_9_at_random_moments_changes_nothing(pipeline, start_hhjax, tmp_path):
+    whole, killed, rng = tmp_path / "whole", tmp_path / "killed", random.Random(0)
+    for folder in (whole, killed):
+        folder.mkdir()
+        (folder / "killed.py").write_text(KILLED.format(**pipeline))
+    process = start_hhjax(whole, "run", "killed.py")
+    assert process.communicate(timeout=300) and process.returncode == 0
+    for rows in (3, rng.randrange(8, 40)):
+        process = start_hhjax(killed, "run", "killed.py")
+        while sum(len(read_rows(p)) for p in killed.glob("runs/ppo/*/metrics.jsonl")) < rows:
+            assert process.poll() is None, process.stdout.read()
+            time.sleep(0.01)
+        time.sleep(rng.uniform(0, 0.1))
+        process.kill()
+        process.wait()
+    process = start_hhjax(killed, "run", "killed.py")
+    assert process.communicate(timeout=300) and process.returncode == 0
+    [a], [b] = ((folder / "runs" / "ppo").iterdir() for folder in (whole, killed))
+    assert without_times(a) == without_times(b) and len(iterations(a)) == 60
+    assert checkpoint.read_checksums(a) == checkpoint.read_checksums(b)
+    assert len([e for e in read_events(b) if e["event"] == "start"]) == 3 and [e for e in read_events(b) if e["event"] == "restore"]
 
 
 def test_another_rollout_mesh_gives_the_same_run(finished, pipeline, context, tmp_path):
