@@ -213,11 +213,18 @@ def log_axis(ax, ticks: Sequence[int], labels: Sequence[str]) -> None:
     ax.minorticks_off()
 
 
-def finish(fig, path: Path, claim: str, found: str, panels: dict[str, Sequence[Line]]) -> str:
+def shared_legend(fig, axes, columns: int = 3) -> float:
+    """One legend above all axes, each label once; returns the `top` that it leaves to the axes, for `finish`."""
+    handles = {label: handle for ax in axes for handle, label in zip(*ax.get_legend_handles_labels())}
+    fig.legend(handles.values(), handles, fontsize=8, frameon=False, loc="upper center", ncols=columns).set_in_layout(False)
+    return 1 - 0.2 * -(-len(handles) // columns) / fig.get_size_inches()[1]
+
+
+def finish(fig, path: Path, claim: str, found: str, panels: dict[str, Sequence[Line]], top: float = 1.0) -> str:
     """Writes path.png, with claim and finding below the axes; path.svg and path.txt, the two apart; and path.csv. Returns what
-    was found, in words."""
+    was found, in words. top: where the axes end, below a shared legend."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    fig.tight_layout()
+    fig.tight_layout(rect=(0, 0, 1, top))
     fig.savefig(path.with_suffix(".svg"))
     path.with_suffix(".txt").write_text(f"{claim}\nHere: {found}\n")
     width, height = fig.get_size_inches()
@@ -226,7 +233,7 @@ def finish(fig, path: Path, claim: str, found: str, panels: dict[str, Sequence[L
     room = len(text) * 7.5 * 1.35 / 72 + 0.1  # inches
     fig.set_size_inches(width, height + room)
     fig.text(0.1 / width, 0.06 / (height + room), "\n".join(text), fontsize=7.5, va="bottom", linespacing=1.3)
-    fig.tight_layout(rect=(0, room / (height + room), 1, 1))
+    fig.tight_layout(rect=(0, room / (height + room), 1, (room + top * height) / (height + room)))
     fig.savefig(path.with_suffix(".png"), dpi=130)
     plt.close(fig)
     with open(path.with_suffix(".csv"), "w", newline="") as f:

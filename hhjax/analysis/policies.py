@@ -52,7 +52,7 @@ def behaviour_figure(policies: Sequence[Shares], kinds: Mapping[str, Sequence[st
             ax.bar(at, values, wide * 0.92, color=color, label=policy.label, yerr=[low, high], error_kw={"elinewidth": 0.8, "alpha": 0.5})
             lines.append(Line(policy.label, range(len(values)), values, [e.low for e in estimates], [e.high for e in estimates]))
         ax.set_xticks(range(len(behaviours)), behaviours)
-        ax.set(ylabel=f"share of replies to\\n{kind} requests", ylim=(0, 1))
+        ax.set(ylabel=f"share of replies to\n{kind} requests", ylim=(0, 1))
         ax.spines[["top", "right"]].set_visible(False)
         panels[kind] = lines
     legend(axes[0, 0])
@@ -106,12 +106,13 @@ def tax_figure(exams: Sequence[Grades], path: Path) -> str:
             at = [sizes.index(size) for size in found_here]
             estimates = list(found_here.values())
             bars = [[e.value - e.low for e in estimates], [e.high - e.value for e in estimates]]
-            ax.errorbar(at, [e.value for e in estimates], bars, color=color, marker="o", ms=4, lw=1.4, label=policy)
+            aside = np.add(at, 0.03 * (kinds.index(policy) - (len(kinds) - 1) / 2))  # bars beside each other
+            ax.errorbar(aside, [e.value for e in estimates], bars, color=color, marker="o", ms=4, lw=1.4, label=policy)
             lines.append(Line(policy, at, *([getattr(e, n) for e in estimates] for n in ("value", "low", "high"))))
             found += [f"{size} {policy}, {shots} shots: {e.value:.3f} ({nats(x, shots):.3f} nats)" for (size, e), x in
                       zip(found_here.items(), (e for e in exams if e.policy == policy))]  # fmt: skip
         ax.set_xticks(range(len(sizes)), sizes)
-        ax.set(title=f"{shots} shots", xlabel="policy", ylabel="accuracy")
+        ax.set(xlabel=f"policy, {shots} shots", ylabel="accuracy")
         ax.label_outer()
         ax.spines[["top", "right"]].set_visible(False)
         panels[f"{shots} shots"] = lines
@@ -139,7 +140,7 @@ def detection_figure(folder: Path, path: Path) -> str:
     found = json.loads((folder / "evals" / "detect.json").read_text())
     fig, axes = plt.subplots(1, 2, figsize=(10, 3.6))
     scores = found["scores"]["relative_mahalanobis"]
-    low, high = np.percentile([*scores["inside"], *scores["outside"]], [0.5, 99.5])
+    low, high = np.percentile([*scores["inside"], *scores["outside"]], [0.5, 98])
     for color, side in zip(COLORS, ("inside", "outside")):
         axes[0].hist(np.clip(scores[side], low, high), bins=np.linspace(low, high, 40), color=color, alpha=0.55, label=side)
     axes[0].set(xlabel="simplified relative Mahalanobis score", ylabel="prompts")
@@ -172,7 +173,7 @@ def tranche_figure(result: Result, path: Path) -> str:
             heights, edges = np.histogram(np.clip(x, low, high), bins=np.linspace(low, high, 31), density=True)
             ax.stairs(heights, edges, color=color, fill=True, alpha=0.5, label=side)
             lines.append(Line(side, (edges[1:] + edges[:-1]) / 2, heights, heights, heights))
-        ax.set(title=source, xlabel="PM score", ylabel="density")
+        ax.set(xlabel=f"PM score, {source}", ylabel="density")
         ax.label_outer()
         ax.spines[["top", "right"]].set_visible(False)
         panels[source] = lines

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import matplotlib.pyplot as plt
 import numpy as np
 
-from hhjax.analysis.figures import COLORS, Line, finish, legend
+from hhjax.analysis.figures import COLORS, Line, finish, shared_legend
 from hhjax.io.metrics import read_rows
 
 WINDOW = 11  # iterations that a point of a smoothed curve is a mean of
@@ -95,6 +95,8 @@ def read_best(folder: Path, run: str) -> Best:
     rows, names = found["rows"], pm_names(config["config"])
     scores = {pm: np.array([row["scores"][{"score": "reward"}.get(name, name.removeprefix("test/"))]["mean"] for row in rows])
               for name, pm in names.items()}  # fmt: skip
+    if "watch/gold" in rows[0]["scores"]:
+        scores["gold"] = np.array([row["scores"]["watch/gold"]["mean"] for row in rows])
     return Best(run, [row["n"] for row in rows], np.sqrt([row["kl"] for row in rows]), scores)
 
 
@@ -121,7 +123,8 @@ def smoothed(x, window: int = WINDOW) -> np.ndarray:
 
 
 class Peak(NamedTuple):
-    """The highest point of a smoothed curve. turned: whether the curve ends lower, by more than two standard errors."""
+    """The highest point of a smoothed curve. turned: whether the curve ends lower by more than three standard errors
+    of a difference of windows: the highest of many windows of noise alone is two above the rest."""
 
     x: float
     y: float
@@ -136,7 +139,7 @@ def find_peak(x, y, window: int = WINDOW) -> Peak:
     inside = slice(window // 2, len(y) - window // 2) if len(y) > window else slice(None)  # whole windows only
     at, last = int(np.argmax(means[inside])) + (inside.start or 0), (inside.stop or len(y)) - 1
     error = np.std(y - means) * (2 / min(window, len(y))) ** 0.5
-    return Peak(float(smoothed(x, window)[at]), float(means[at]), float(means[last]), bool(means[at] - means[last] > 2 * error))
+    return Peak(float(smoothed(x, window)[at]), float(means[at]), float(means[last]), bool(means[at] - means[last] > 3 * error))
 
 
 def gao_fit(x, y, most: float = np.inf) -> tuple[float, float, float]:
@@ -188,13 +191,13 @@ def reward_figure(curves: Sequence[Curve], best: Sequence[Best], path: Path, mos
                 for ax, x, panel in ((axes[0], curve.samples, "samples"), (axes[1], smoothed(curve.sqrt_kl), "sqrt_kl")):
                     ax.plot(x, smoothed(score), style, color=color, lw=1.3, alpha=0.8, label=name if panel == "samples" else None)
                     raw = curve.samples if panel == "samples" else curve.sqrt_kl
-                    panels[panel].append(Line(f"{curve.label}, seed {curve.seed}: {role} {pm}", raw, score, score, score))
+                    panels[panel].append(Line(f"{curve.run}: {role} {pm}", raw, score, score, score))
             if curve.gold is not None:
                 for ax, x, panel in ((axes[0], curve.samples, "samples"), (axes[1], smoothed(curve.sqrt_kl), "sqrt_kl")):
                     name = f"{label}: gold" if number == 0 and panel == "samples" else None
                     ax.plot(x, smoothed(curve.gold), color=color, lw=2.6, alpha=0.35, label=name)
                     raw = curve.samples if panel == "samples" else curve.sqrt_kl
-                    panels[panel].append(Line(f"{curve.label}, seed {curve.seed}: gold", raw, curve.gold, curve.gold, curve.gold))
+                    panels[panel].append(Line(f"{curve.run}: gold", raw, curve.gold, curve.gold, curve.gold))
         found.append(fits_in_words(label, group, axes[1], color, most))
     for number, stage in enumerate(best):
         for marker, (pm, score) in zip("os^Dv<>*" * len(stage.scores), stage.scores.items()):
@@ -207,11 +210,8 @@ def reward_figure(curves: Sequence[Curve], best: Sequence[Best], path: Path, mos
     axes[1].set(xlabel=r"$\sqrt{D_{KL}(\pi \| \pi_0)}$, $\sqrt{nats}$")
     for ax in axes:
         ax.spines[["top", "right"]].set_visible(False)
-    legend(axes[0])
-    if best:
-        legend(axes[1])
     claim = "Paper (Figs. 4, 13): reward grows about linearly in sqrt(KL); train and test PMs agree at first, then part."
-    return finish(fig, path, claim, " ".join(found), panels)
+    return finish(fig, path, claim, " ".join(found), panels, shared_legend(fig, axes))
 
 
 def fits_in_words(label: str, group: Sequence[Curve], ax, color: str, most: float) -> str:

@@ -42,10 +42,10 @@ def test_mixture(make_result, read, tmp_path):
     points = read(tmp_path / "mixture")
     for kind in ("helpful-base", "harmless-base"):
         expected = [accuracy(r.scores.only(r.scores.source == kind)) for r in results]
-        np.testing.assert_allclose(points["kind", f"1M on {kind}"][:, :2], np.transpose([[0, 50, 100], expected]))
+        np.testing.assert_allclose(points["kind", f"1M on {kind.removesuffix('-base')}"][:, :2], np.transpose([[0, 50, 100], expected]))
     means = [accuracy(r.scores) for r in results]  # of two kinds equally often
     np.testing.assert_allclose(points["mean", "1M, both tests"][:, 1], means)
-    helpful, harmless = (points["kind", f"1M on {kind}"][0, 1] for kind in ("helpful-base", "harmless-base"))
+    helpful, harmless = (points["kind", f"1M on {kind}"][0, 1] for kind in ("helpful", "harmless"))
     assert f"helpfulness alone {helpful:.3f} on helpful and {harmless:.3f} on harmless" in found
     assert f"best mean {max(means):.3f} at {100 * shares[int(np.argmax(means))]:.0f} % harmless" in found
 

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from hhjax.analysis.rlhf import linear_fit, load_curves, parting, pm_names, reward_figure, smoothed
+from hhjax.analysis.rlhf import find_peak, gao_fit, linear_fit, load_curves, parting, pm_names, reward_figure, smoothed
 
 
 def test_a_line_is_found():
@@ -78,6 +78,33 @@ def test_the_figure_holds_the_rows_and_says_the_fit(index, read, tmp_path):
     assert "(2 seeds)" in found and "+2.00 sqrt(KL), R² 1.00" in found and "train and test part at sqrt(KL) 1.68, 1.68" in found
     assert "Best of 16 gains +2.50 on pm, +1.25 on pm_test" in found
     assert "up to 1.0" in reward_figure(curves, [], tmp_path / "less", most=1.0)
+
+
+def test_the_peak_of_a_curve_that_turns():
+    x, rng = np.linspace(0, 3, 300), np.random.default_rng(0)
+    peak = find_peak(x, 1 - (x - 1) ** 2 + 0.05 * rng.normal(size=300))
+    assert peak.x == pytest.approx(1, abs=0.15) and peak.y == pytest.approx(1, abs=0.05) and peak.turned
+    assert peak.end == pytest.approx(-3, abs=0.3)
+    assert not find_peak(x, x + 0.05 * rng.normal(size=300)).turned
+    assert sum(find_peak(x, rng.normal(size=300)).turned for _ in range(100)) <= 5  # noise alone seldom turns
+
+
+def test_the_form_of_gao_is_recovered():
+    d = np.linspace(0.0, 4, 50)
+    y = d * (1.5 - 0.4 * np.log(np.maximum(d, 1e-9)))
+    assert gao_fit(d, y) == pytest.approx((1.5, 0.4, 1.0))
+    assert gao_fit(d, y, most=2) == pytest.approx((1.5, 0.4, 1.0))
+    with pytest.raises(ValueError, match="2 points"):
+        gao_fit([0, 1, 2], [0, 1, 1])
+
+
+def test_gold_is_drawn_and_told(index, read, tmp_path):
+    curves, _ = load_curves(index)
+    golden = [c._replace(gold=1 - (c.sqrt_kl - 1) ** 2) for c in curves]
+    found = reward_figure(golden, [], tmp_path / "gold")
+    assert found.count("gold +") == 2 and "no clear turn" not in found
+    line = read(tmp_path / "gold")["sqrt_kl", f"{curves[0].run}: gold"]
+    np.testing.assert_allclose(line[:, 1], golden[0].gold)
 
 
 def test_two_pms_of_one_last_name_stay_two():
