@@ -123,7 +123,7 @@ def smoothed(x, window: int = WINDOW) -> np.ndarray:
 
 
 class Peak(NamedTuple):
-    """The highest point of a smoothed curve. turned: whether the curve ends lower by more than three standard errors
+    """The highest point of a smoothed curve. turned: whether the curve ends lower by more than four standard errors
     of a difference of windows: the highest of many windows of noise alone is two above the rest."""
 
     x: float
@@ -139,7 +139,7 @@ def find_peak(x, y, window: int = WINDOW) -> Peak:
     inside = slice(window // 2, len(y) - window // 2) if len(y) > window else slice(None)  # whole windows only
     at, last = int(np.argmax(means[inside])) + (inside.start or 0), (inside.stop or len(y)) - 1
     error = np.std(y - means) * (2 / min(window, len(y))) ** 0.5
-    return Peak(float(smoothed(x, window)[at]), float(means[at]), float(means[last]), bool(means[at] - means[last] > 3 * error))
+    return Peak(float(smoothed(x, window)[at]), float(means[at]), float(means[last]), bool(means[at] - means[last] > 4 * error))
 
 
 def gao_fit(x, y, most: float = np.inf) -> tuple[float, float, float]:
