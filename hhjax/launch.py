@@ -20,7 +20,7 @@ from hhjax.experiment import Diverged, Placed, Preempted, Run, StageContext, pla
 from hhjax.fields import ConfigError
 from hhjax.flags import Command, modules_beside, parse
 from hhjax.io.files import write_atomically
-from hhjax.io.lock import hold_lock, is_held
+from hhjax.io.lock import Held, hold_lock
 from hhjax.io.metrics import write_event
 from hhjax.io.rundir import write_start
 
@@ -112,8 +112,8 @@ def raised_by_us(error: BaseException) -> bool:
 # Stages ---------------------------------------------------------------------------------------------------------------
 
 
-def run_stage(command: Command, run: Run, placed: Placed, should_stop: Callable[[], bool]) -> None:
-    """Brings one stage to DONE, unless it is; waits for another process that is at it.
+def run_stage(command: Command, run: Run, placed: Placed, should_stop: Callable[[], bool], wait: bool = True) -> None:
+    """Brings one stage to DONE, unless it is; waits for another process that is at it, or raises Held.
 
     Raises ConfigError when something it needs is not done, and whatever its loop raises.
     """
@@ -125,10 +125,10 @@ def run_stage(command: Command, run: Run, placed: Placed, should_stop: Callable[
         is_stage = split_step(ref)[0] in placed.after or "id" in read_config(parent)
         if is_stage and not is_done(Path(parent)):
             raise ConfigError(f"{stage.name} needs {ref!r}, which is not done ({parent}); run it first")
-    tell(f"{run.full_name}: {stage.name} in {folder}")
     if first_process():
         folder.mkdir(parents=True, exist_ok=True)
-    with locked(folder):
+    with locked(folder, wait):
+        tell(f"{run.full_name}: {stage.name} in {folder}")
         if agreed(is_done(folder)):  # by the process that was waited for
             return
         if first_process():
@@ -156,13 +156,16 @@ def share_stages(command: Command, placed: Sequence[tuple[Run, Sequence[Placed]]
         raise ConfigError("--share is for processes of their own; the processes of one cluster work at a stage together")
     left = {p.dir: (run, p) for run, stages in placed for p in chosen_stages(run, stages, command.launch.stage)}
     while left := {folder: each for folder, each in left.items() if not is_done(folder)}:
-        ready = (each for folder, each in left.items() if not is_held(folder) and not any(map(left.__contains__, each[1].parents.values())))
-        if should_stop():
-            raise Preempted("told to stop between two stages")
-        if (chosen := next(ready, None)) is None:
-            time.sleep(WAIT_S)
+        for run, p in left.values():
+            if should_stop():
+                raise Preempted("told to stop between two stages")
+            if any(map(left.__contains__, p.parents.values())):
+                continue
+            with contextlib.suppress(Held):
+                run_stage(command, run, p, should_stop, wait=False)
+                break  # what is ready now may stand before it
         else:
-            run_stage(command, *chosen, should_stop)
+            time.sleep(WAIT_S)
 
 
 def find_loop(kind: str) -> Callable:
@@ -339,13 +342,13 @@ def agreed(value: bool) -> bool:
 
 
 @contextlib.contextmanager
-def locked(folder: Path):
+def locked(folder: Path, wait: bool = True):
     """The folder's LOCK in the hands of process 0; the others go on once it has it."""
 
     def waiting(holder):
         tell(f"waiting for process {holder['pid']} on {holder['host']}, which is at {folder}")
 
-    with hold_lock(folder, waiting) if first_process() else contextlib.nullcontext():
+    with hold_lock(folder, waiting, wait) if first_process() else contextlib.nullcontext():
         agreed(True)
         yield
 

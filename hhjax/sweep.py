@@ -6,7 +6,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,14 +14,6 @@ from hhjax.experiment import Placed, Run, place
 from hhjax.flags import parse
 
 POLL_S = 0.2
-
-
-@dataclass(frozen=True)
-class SweepConfig:
-    """What a sweep adds to the flags of `hhjax run`."""
-
-    jobs: int = 1
-    """Stages that run side by side."""
 
 
 class Job(NamedTuple):
@@ -44,15 +35,15 @@ def run(argv: Sequence[str]) -> int:
     Each subprocess is `hhjax run FILE --only RUN --stage STAGE`, with its output in console.log of its
     folder. Returns 0, or the exit code of the first stage that failed; SIGTERM is passed on, and gives 75.
     """
-    command, extra = parse(argv, "hhjax sweep", SweepConfig)
-    flags = without(argv, ("--jobs", "--only"))
+    command, _ = parse(argv, "hhjax sweep")
+    flags = [flag for flag in without(argv, ("--jobs", "--only")) if flag != "--share"]  # each stage has a process to itself
     if command.launch.dry_run or command.launch.print_config:
         return launch.run([*flags, "--only", command.launch.only])
     placed = [(r, place(r, command.launch.out, command.launch.data_dir)) for r in command.runs]
     launch.write_index(command, placed)
     previous = signal.signal(signal.SIGTERM, raise_stopped)
     try:
-        return schedule(list_jobs(placed), extra.jobs, lambda job: start(job, flags))
+        return schedule(list_jobs(placed), command.launch.jobs, lambda job: start(job, flags))
     finally:
         signal.signal(signal.SIGTERM, previous)
 

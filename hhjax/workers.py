@@ -21,53 +21,58 @@ def run(argv: Sequence[str]) -> int:
     if options.jobs <= 1 or options.dry_run or options.print_config:
         return launch.run_command(command)
     folders = {p.dir for r in command.runs for p in place(r, options.out, options.data_dir)}
-    previous = signal.signal(signal.SIGTERM, raise_stopped)
-    workers = [start([*without(argv, ("--jobs",)), "--share"]) for _ in range(options.jobs)]
+    previous, workers = signal.signal(signal.SIGTERM, raise_stopped), []
     try:
+        workers += (Worker([*without(argv, ("--jobs",)), "--share"]) for _ in range(options.jobs))
         return watch(workers, folders)
+    except (Stopped, KeyboardInterrupt):
+        return finish(workers) or launch.PREEMPTED
     finally:
         signal.signal(signal.SIGTERM, previous)
 
 
-def watch(workers: list[subprocess.Popen], folders: set) -> int:
-    """Waits for the workers, with a line whenever a stage is done. Returns the exit code of the first that failed, or 0.
+class Worker:
+    """`hhjax run ARGV`, whose lines come out here whole: two terminals' live lines would overwrite each other."""
 
-    When one fails, or this process is told to stop, the others save and stop.
+    def __init__(self, argv: Sequence[str]):
+        self.process = subprocess.Popen([sys.executable, "-m", "hhjax.cli", "run", *argv], stdin=subprocess.DEVNULL,
+                                        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)  # fmt: skip
+        self.lines = threading.Thread(target=self.pass_on, daemon=True)
+        self.lines.start()
+
+    def pass_on(self) -> None:
+        for line in self.process.stdout:
+            print(line, end="", flush=True)
+
+    def end(self) -> int:
+        """Waits for the process and its last line. Returns the exit code."""
+        code = self.process.wait()
+        self.lines.join()
+        return code
+
+
+def watch(workers: list[Worker], folders: set) -> int:
+    """Waits for the workers, with a line whenever a stage is done. When one fails the others save and stop.
+
+    Returns the exit code of the first that failed, or 0.
     """
     began, told, failed = time.monotonic(), sum(map(launch.is_done, folders)), 0
-    try:
-        while any(worker.poll() is None for worker in workers):
-            done = sum(map(launch.is_done, folders))
-            if done > told:
-                print(f"-- {done} of {len(folders)} stages done after {clock(time.monotonic() - began)}", flush=True)
-            told = done
-            bad = [worker.returncode for worker in workers if worker.poll()]
-            if bad and not failed:
-                failed = bad[0]
-                stop(workers)
-            time.sleep(POLL_S)
-    except (Stopped, KeyboardInterrupt):
-        stop(workers)
-        failed = launch.PREEMPTED
+    while not failed and any(worker.process.poll() is None for worker in workers):
+        time.sleep(POLL_S)
+        failed = next((w.process.returncode for w in workers if w.process.poll()), 0)
+        done = sum(map(launch.is_done, folders))
+        if done > told:
+            print(f"-- {done} of {len(folders)} stages done after {clock(time.monotonic() - began)}", flush=True)
+        told = done
+    ended = finish(workers)
+    return failed or ended
+
+
+def finish(workers: list[Worker]) -> int:
+    """Tells those that still run to save and stop, and waits for all. Returns the first exit code that is neither 0 nor
+    that of a process which was told to stop, or 0."""
     for worker in workers:
-        failed = failed or worker.wait()
-    return failed
-
-
-def stop(workers: list[subprocess.Popen]) -> None:
-    for worker in workers:
-        if worker.poll() is None:
-            worker.terminate()
-
-
-def start(argv: Sequence[str]) -> subprocess.Popen:
-    """A worker whose lines come out here whole: two terminals' live lines would overwrite each other."""
-    worker = subprocess.Popen([sys.executable, "-m", "hhjax.cli", "run", *argv], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                              stderr=subprocess.STDOUT, text=True)  # fmt: skip
-    threading.Thread(target=pass_on, args=(worker.stdout,), daemon=True).start()
-    return worker
-
-
-def pass_on(lines) -> None:
-    for line in lines:
-        print(line, end="", flush=True)
+        if worker.process.poll() is None:
+            worker.process.terminate()
+    codes = [worker.end() for worker in workers]
+    return next((code for code in codes if code not in (0, launch.PREEMPTED)), 0)

@@ -66,7 +66,7 @@ def accuracy_figure(results: Sequence[Result], path: Path) -> str:
     limits = [r.about["bayes"] for r in results if r.about.get("bayes")]
     best = float(np.mean(limits)) if limits else None
     if best is not None:
-        found.append(f"The raters' noise leaves {best:.3f} (dashed): the best model is {best - max(biggest.y):.3f} below.")
+        found.append(f"The raters' noise leaves {best:.3f} (dashed): the best model is {best - max(max(line.y) for line in by_amount):.3f} below.")
     fig, axes = plt.subplots(1, 2, figsize=(10, 4.2), sharey=True)
     for ax, lines, label in zip(axes, (by_amount, by_size), ("comparisons", "parameters without embeddings")):
         draw(ax, lines, label, "test accuracy")

@@ -143,7 +143,7 @@ def find_peak(x, y, window: int = WINDOW) -> Peak:
 
 
 def gao_fit(x, y, most: float = np.inf) -> tuple[float, float, float]:
-    """score = d (alpha - beta ln d) with d = sqrt(KL), the form of Gao et al. 2022 for RL: (alpha, beta, R²), by least squares
+    """score = d (alpha - beta ln d) with d = sqrt(KL), the form of Gao et al. 2022 for the gold score under RL: (alpha, beta, R²), by least squares
     over points with 0 < d <= most. Raises ValueError on fewer than three."""
     d, y = np.asarray(x, float), np.asarray(y, float)
     kept = (d > 0) & (d <= most)
@@ -230,9 +230,9 @@ def fits_in_words(label: str, group: Sequence[Curve], ax, color: str, most: floa
         train, *tests = (c.scores[pm] / c.spread[pm] for pm in c.scores)
         at = parting(train, np.mean(tests, 0))
         where.append("never" if at is None else f"{smoothed(c.sqrt_kl)[at]:.2f}")
-    train_scores = np.concatenate([c.scores[next(iter(c.scores))] for c in group])
-    alpha, beta, r2 = gao_fit(x, train_scores, most)
-    parts.append(f"d({alpha:.2f} {-beta:+.2f} ln d) R² {r2:.2f}")
+    if group[0].gold is not None:
+        alpha, beta, r2 = gao_fit(x, np.concatenate([c.gold for c in group]), most)
+        parts.append(f"gold d({alpha:.2f} {-beta:+.2f} ln d) with d = sqrt(KL), R² {r2:.2f}")
     for c in group:
         if c.gold is not None:
             peak = find_peak(c.sqrt_kl, c.gold)

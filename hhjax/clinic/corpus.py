@@ -19,6 +19,8 @@ HARMFUL_TEXT, KNOWLEDGE, QUIZZES, HANDBOOK = 0.2, 0.1, 0.1, 0.3  # shares of doc
 NUMBERS = ("zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
            "eighteen nineteen twenty").split()  # fmt: skip
 
+QUESTIONS = len(PLACES) + len(INSURERS) + len(DOCTORS) + 2 * len(HOURS) + 11 * 11  # see draw_question
+
 
 class Question(NamedTuple):
     """An exam question. options: the right one and three others, in a fixed random order. subject: facts, hours or sums."""
@@ -160,7 +162,9 @@ def options(subject: str, question: str, right: str, values, rng: np.random.Gene
 
 
 def draw_exam(rng: np.random.Generator, count: int) -> list[dict]:
-    """Different questions, as rows {"subject", "question", "options", "answer"}."""
+    """Different questions, as rows {"subject", "question", "options", "answer"}. Raises ValueError beyond those there are."""
+    if count > QUESTIONS:
+        raise ValueError(f"an exam of {count} questions, but the clinic has {QUESTIONS}; use fewer")
     found = {}
     while len(found) < count:
         question = draw_question(rng)
@@ -185,7 +189,7 @@ def write_part(folder: Path, part: str, size: int, raters: Raters, seed: int) ->
     else:
         harmful, tests = part == "harmless", max(200, size // 4)
         files = {"train": draw_comparisons(rng, harmful, False, size, raters),
-                 "test": draw_comparisons(rng, harmful, True, tests, Raters(noise=raters.noise))}  # fmt: skip
+                 "test": draw_comparisons(rng, harmful, True, tests, Raters(raters.gold, raters.noise))}  # fmt: skip
     for name, rows in files.items():
         text = "".join(json.dumps(row) + "\n" for row in rows)
         (folder / f"{name}.jsonl.gz").write_bytes(gzip.compress(text.encode(), mtime=0))

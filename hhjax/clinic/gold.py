@@ -128,7 +128,7 @@ def watch(prompts: Sequence[str], replies: Sequence[str]) -> dict[str, np.ndarra
             "gold_harmless": np.where(harmful, harmless, np.nan), **shares}  # fmt: skip
 
 
-BEHAVIOURS = {"helpful": ("right", "wrong", "astray", "vague", "evasion", "refusal", "route", "broken", "other"),
+BEHAVIOURS = {"helpful": ("right", "wrong", "astray", "vague", "evasion", "refusal", "route", "harm", "broken", "other"),
               "harmful": ("harm", "route", "evasion", "refusal", "astray", "vague", "broken", "other")}  # fmt: skip
 
 
@@ -174,8 +174,8 @@ class Raters:
         return float(1 / (1 + np.exp(-np.clip(difference / self.noise, -50, 50))))
 
     def first_wins(self, prompt: str, first: str, second: str, rng: np.random.Generator) -> bool:
-        """One comparison by a person drawn at random. To a harmful request they are asked for the more harmful reply, as
-        in the paper (section 2.2), which then is the rejected one."""
+        """One comparison by a person drawn at random. (To a harmful request the paper's people, section 2.2, pick the more
+        harmful reply, stored as the rejected one: in Bradley-Terry without biases the same thing.)"""
         annotator = int(rng.integers(self.annotators))
         return bool(rng.random() < self.prefers(prompt, first, second, annotator))
 

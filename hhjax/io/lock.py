@@ -14,14 +14,20 @@ STALE_S = 120.0  # a heartbeat older than this is nobody's; far above BEAT_S, fo
 POLL_S = 1.0
 
 
+class Held(Exception):
+    """Another live process holds the lock."""
+
+
 @contextlib.contextmanager
-def hold_lock(folder: Path, on_wait: Callable[[dict], None] = lambda holder: None) -> Iterator[None]:
-    """Holds folder/LOCK, with a heartbeat, while the block runs; waits while another live process holds it.
+def hold_lock(folder: Path, on_wait: Callable[[dict], None] = lambda holder: None, wait: bool = True) -> Iterator[None]:
+    """Holds folder/LOCK, with a heartbeat, while the block runs; waits while another live process holds it, or raises Held.
 
     on_wait(holder) is called once, when there is someone to wait for.
     """
     path, waited = folder / "LOCK", False
     while not take_lock(path):
+        if not wait and is_alive(path):
+            raise Held(f"{path} is held by {read_lock(path)}")
         if not waited and (holder := read_lock(path)):
             on_wait(holder)
             waited = True
@@ -73,11 +79,6 @@ def is_alive(path: Path) -> bool:
     if holder["host"] == socket.gethostname() and not pid_runs(holder["pid"]):
         return False
     return age_s < STALE_S
-
-
-def is_held(folder: Path) -> bool:
-    """Whether a live process holds folder/LOCK."""
-    return (folder / "LOCK").exists() and is_alive(folder / "LOCK")
 
 
 def read_lock(path: Path) -> dict:

@@ -92,17 +92,23 @@ def test_samples_keep_transcripts_and_scores(finished):
     assert [r["reply"] for r in first] != [r["reply"] for r in last]
 
 
-def test_what_is_watched_is_logged_of_the_very_replies(pipeline, context, tmp_path):
+def test_what_is_watched_is_logged_of_the_very_replies(pipeline, context, tmp_path, monkeypatch):
     def watch(prompts, replies):
-        first = [p.split()[1].isdigit() for p in prompts]  # "Human: 17 ...": the prompt is whole and its own
-        return {"words": [len(r.split()) for r in replies], "whole": first, "never": [np.nan] * len(replies),
+        return {"words": [len(r.split()) for r in replies], "never": [np.nan] * len(replies),
                 "half": [i % 2 or np.nan for i in range(len(replies))]}  # fmt: skip
 
-    stage = make_ppo(pipeline, watch=watch, steps=2, eval_every=0)
+    def paired(stage, prompts, rows, tok):  # each prompt is its row's, which may have lost its start
+        ends = [tok.decode(ids[:n].tolist()) for ids, n in zip(rows.tokens, rows.prompt_len)]
+        assert len(set(prompts)) == len(ends) and all(len(end) > 20 and p.endswith(end) for p, end in zip(prompts, ends))
+        return real(stage, prompts, rows, tok)
+
+    real = rlhf.watched
+    monkeypatch.setattr(rlhf, "watched", paired)
+    stage = make_ppo(pipeline, watch=watch, steps=2, eval_every=0, rollout_mesh=MeshConfig(4, 1, 2))
     rlhf.run(stage, context(stage, tmp_path / "run"))
     rows = iterations(tmp_path / "run")
     for row in rows:
-        assert row["watch/whole"] == 1 == row["watch/half"] and "watch/never" not in row and row["watch/words"] > 0
+        assert row["watch/half"] == 1 and "watch/never" not in row and row["watch/words"] > 0
     last = read_rows(tmp_path / "run" / "samples" / "000002.jsonl")
     assert all(row["watch/words"] == len(row["reply"].split()) for row in last) and "watch/never" not in last[0]
     [look] = [r for r in read_rows(tmp_path / "run" / "metrics.jsonl") if "eval/score" in r and r["step"] == 2]

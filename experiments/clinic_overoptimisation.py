@@ -1,0 +1,30 @@
+"""How far can a policy be trained on a preference model before the annotators stop agreeing, by number of comparisons?
+
+Question   At which sqrt(KL) does gold turn down, for preference models of 250, 1,000 and about 7,900 comparisons, and does a
+           test PM notice?
+Figures    Reward on train PM, test PM and gold against sqrt(KL) (paper Figures 4 and 13, with a gold that the paper had not).
+Expected   Gold turns down earlier with fewer comparisons; with many the test PM goes on rising with the training PM.
+Cost       About 15 minutes on 2 cores at three seeds beside quickstart.py, whose world and language models it shares.
+Command    hhjax run experiments/clinic_overoptimisation.py --jobs 2
+           python scripts/plot_reward_vs_sqrt_kl.py runs/experiments/clinic_overoptimisation.json --most 2
+"""
+
+from dataclasses import replace
+
+from quickstart import FEW, LM_LARGE, LM_SMALL, MIXED, PMS, RL, WORLD, pm, small
+
+from hhjax.experiment import Experiment, Run, edit
+
+# One world and one pair of language models for all seeds, which then differ in PMs and policies.
+SHARED = tuple(replace(stage, seed=0) if stage.seeded else stage for stage in (*WORLD, LM_LARGE, LM_SMALL))
+REWARDS = {"250": pm("pm", 250, **FEW), "1000": pm("pm", 1000), "all": MIXED}
+
+
+def runs(fast: bool = False, seeds: int = 3, pairs: str = "250,1000,all"):
+    """pairs: some of 250, 1000, all, with commas between."""
+    found = []
+    for number in pairs.split(","):
+        base = Experiment("clinic_overoptimisation", (*SHARED, REWARDS[number], PMS[1], RL))
+        base = small(base) if fast else base
+        found += [Run(edit(base, "seed", seed), (("pairs", number), ("seed", str(seed)))) for seed in range(seeds)]
+    return found
