@@ -230,7 +230,7 @@ def fits_in_words(label: str, group: Sequence[Curve], ax, color: str, most: floa
         train, *tests = (c.scores[pm] / c.spread[pm] for pm in c.scores)
         at = parting(train, np.mean(tests, 0))
         where.append("never" if at is None else f"{smoothed(c.sqrt_kl)[at]:.2f}")
-    if group[0].gold is not None:
+    if group[0].gold is not None and np.sum((x > 0) & (x <= most)) >= 3:
         alpha, beta, r2 = gao_fit(x, np.concatenate([c.gold for c in group]), most)
         parts.append(f"gold d({alpha:.2f} {-beta:+.2f} ln d) with d = sqrt(KL), R² {r2:.2f}")
     for c in group:
