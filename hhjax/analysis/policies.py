@@ -59,8 +59,8 @@ def behaviour_figure(policies: Sequence[Shares], kinds: Mapping[str, Sequence[st
     found = " ".join(
         f"{policy.label}: {', '.join(top_shares(policy, kind, behaviours) for kind, behaviours in kinds.items())}." for policy in policies
     )
-    claim = ("Paper (section 4.4): training for harmlessness alone gives evasive policies, for helpfulness alone ones that do as they "
-             "are told; both together engage where it is safe.")  # fmt: skip
+    claim = ("Paper (section 4.4, Fig. 1): harmlessness is over-optimised before helpfulness, which makes policies evasive unless helpful "
+             "prompts have a larger share; policies of helpfulness alone are easier to red-team.")  # fmt: skip
     return finish(fig, path, claim, found, panels)
 
 
@@ -181,5 +181,5 @@ def tranche_figure(result: Result, path: Path) -> str:
         found.append(f"{source}: mean {result.scores.chosen[here].mean():+.2f} chosen, {result.scores.rejected[here].mean():+.2f} rejected, "
                      f"spread of their difference {margin.std():.2f}.")  # fmt: skip
     legend(axes[0, 0])
-    claim = "Paper (section 3): chosen replies score higher on every tranche; the difference is small beside the spread."
+    claim = "No figure of the paper: on every tranche chosen replies should score above rejected ones."
     return finish(fig, path, claim, " ".join(found), panels)
