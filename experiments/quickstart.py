@@ -24,20 +24,21 @@ TEXT = TextData(("text",))
 BOTH = ComparisonData(("helpful", "harmless"))
 HELPFUL, HARMLESS = (replace(BOTH, sources=(name,)) for name in BOTH.sources)
 WORLD = (
-    Clinic("text", part="text", size=24000),
-    Clinic("helpful", part="helpful", size=8000),
-    Clinic("harmless", part="harmless", size=8000),
+    Clinic("text", part="text", size=40000),
+    Clinic("helpful", part="helpful", size=6000),
+    Clinic("harmless", part="harmless", size=6000),
     Clinic("questions", part="exam", size=150),
-    Tokenizer("tok", data=TEXT, vocab=640),
+    Tokenizer("tok", data=TEXT, vocab=1024, algorithm="bpe"),  # names are whole pieces, which is what makes them easy to repeat
 )
-LM_LARGE = LM("lm_large", tokenizer="tok", model="0.4M", data=TEXT, seq_len=128, batch_size=32, steps=1000, log_every=20, save_every=0,
-              optim=OptimConfig(lr=8e-3, schedule="cosine", warmup_steps=50, weight_decay=0.1))  # fmt: skip
-LM_SMALL = replace(LM_LARGE, name="lm_small", model="0.1M", steps=1500, optim=replace(LM_LARGE.optim, lr=1.2e-2))
+# Many small batches: at 32 rows and a quarter of the updates, the same tokens, neither model learns to take a name from the request.
+LM_LARGE = LM("lm_large", tokenizer="tok", model="0.4M", data=TEXT, seq_len=128, batch_size=8, steps=4000, log_every=80, save_every=0,
+              optim=OptimConfig(lr=6e-3, schedule="cosine", warmup_steps=200, weight_decay=0.1))  # fmt: skip
+LM_SMALL = replace(LM_LARGE, name="lm_small", model="0.1M", steps=6000, optim=replace(LM_LARGE.optim, lr=8e-3))
 
-MIXED = PM("pm", init="lm_small", data=replace(BOTH, half="A"), seq_len=128, batch_size=32, log_every=20, save_every=0,
-           optim=OptimConfig(lr=3e-3, warmup_steps=20))  # fmt: skip
-FEW = {"steps": 32, "optim": replace(MIXED.optim, lr=1e-3)}  # four epochs of 250 pairs
-LARGE = {"init": "lm_large", "optim": replace(MIXED.optim, lr=1.5e-3)}
+MIXED = PM("pm", init="lm_large", data=replace(BOTH, half="A"), seq_len=96, batch_size=8, log_every=80, save_every=0,
+           optim=OptimConfig(lr=5e-4, warmup_steps=20))  # fmt: skip
+FEW = {"epochs": 4.0}  # of 250 pairs
+SMALL = {"init": "lm_small", "optim": replace(MIXED.optim, lr=1e-3)}
 
 
 def pm(name: str, limit: int | None = None, **changes) -> PM:
@@ -50,15 +51,15 @@ PMS = (
     pm("pm_250", 250, **FEW),
     pm("pm_helpful", data=HELPFUL),
     pm("pm_harmless", data=HARMLESS),
-    pm("pm_25", data=replace(BOTH, shares=(3, 1), limit=8000)),
-    pm("pm_75", data=replace(BOTH, shares=(1, 3), limit=8000)),
+    pm("pm_25", data=replace(BOTH, shares=(3, 1), limit=6000)),
+    pm("pm_75", data=replace(BOTH, shares=(1, 3), limit=6000)),
     pm("pm_1000", 1000),
-    pm("pm_large_250", 250, **LARGE | FEW),
-    pm("pm_large_1000", 1000, **LARGE),
-    pm("pm_large", **LARGE),
+    pm("pm_small_250", 250, **SMALL | FEW),
+    pm("pm_small_1000", 1000, **SMALL),
+    pm("pm_small", **SMALL),
 )
-RL = PPO("ppo", policy="lm_large", reward="pm", tests=("pm_test",), data=BOTH, prompt_len=64, batch_size=64, steps=75, watch=watch,
-         sampling=Sampling(max_new_tokens=44), optim=OptimConfig(lr=2e-4, warmup_steps=10), value_optim=OptimConfig(lr=1e-3, warmup_steps=10),
+RL = PPO("ppo", policy="lm_large", reward="pm", tests=("pm_test",), data=BOTH, prompt_len=56, batch_size=64, steps=75, watch=watch,
+         sampling=Sampling(max_new_tokens=40), optim=OptimConfig(lr=2e-4, warmup_steps=10), value_optim=OptimConfig(lr=1e-3, warmup_steps=10),
          eval_prompts=256, save_every=0)  # fmt: skip
 POLICIES = (
     RL,
@@ -67,10 +68,10 @@ POLICIES = (
     replace(RL, name="ppo_helpful", reward="pm_helpful"),
     replace(RL, name="ppo_harmless", reward="pm_harmless"),
 )
-BEST = BestOfN("best", policy="lm_large", reward="pm", tests=("pm_test",), data=BOTH, prompts=64, prompt_len=64, sampling=RL.sampling,
+BEST = BestOfN("best", policy="lm_large", reward="pm", tests=("pm_test",), data=BOTH, prompts=64, prompt_len=56, sampling=RL.sampling,
                batch_size=256, watch=watch)  # fmt: skip
 EXAMS = tuple(Exam(f"exam_{of}", of=of, data="questions") for of in ("lm_small", "lm_large", "ppo_small", "ppo"))
-DETECT = Detect("detect", of="lm_large", inside=HELPFUL, outside=HARMLESS, prompt_len=64, noise=0.3)
+DETECT = Detect("detect", of="lm_large", inside=HELPFUL, outside=HARMLESS, prompt_len=56, noise=0.3)
 
 
 def evaluations(pms) -> tuple[Evaluate, ...]:

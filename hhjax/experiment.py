@@ -24,6 +24,7 @@ from hhjax.clinic.corpus import PARTS, write_part
 from hhjax.clinic.gold import Raters
 from hhjax.data.comparisons import ComparisonData
 from hhjax.data.sources import TextData, data_files
+from hhjax.data.tokenizer import ALGORITHMS
 from hhjax.fields import ConfigError, conform, hinted_fields, nearest
 from hhjax.identity import canonical, digest, file_digest, folder_digest, identity_fields
 from hhjax.model.generate import Sampling
@@ -93,6 +94,12 @@ class Tokenizer(Stage):
     seeded: ClassVar[bool] = False
     data: TextData = TextData()
     vocab: int = 4096
+    algorithm: str = "unigram"  # or "bpe", which is the one that reaches a thousand pieces in a text of a few hundred words
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.algorithm not in ALGORITHMS:
+            raise ConfigError(f"{self.name}.algorithm={self.algorithm!r}; choose one of {', '.join(ALGORITHMS)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -329,6 +336,27 @@ class Comparisons(Sampled):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Elo(Sampled):
+    """Ratings of policies by who wins comparisons, beside what preference models would have guessed (Bai et al. 2022, section
+    2.3, appendix B.4).
+
+    Every policy answers each of `prompts` held-out prompts, and any two different replies to one are compared by `raters`. The
+    first policy is the anchor, at 0. guesses: PMs whose mean score above the anchor's, times 174, is the naive estimate.
+    """
+
+    kind: ClassVar[str] = "elo"
+    policies: tuple[str, ...] = reference("lm", "ppo")
+    raters: Raters = Raters()
+    guesses: tuple[str, ...] = reference("pm", default=())
+    prompts: int = 256
+
+    def __post_init__(self):
+        super().__post_init__()
+        if len(set(self.policies)) < max(2, len(self.policies)):
+            raise ConfigError(f"{self.name}.policies={self.policies}; name at least two, each once")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Exam(Stage):
     """Multiple-choice questions to a language model or policy, by the probability of the options (Bai et al. 2022, section 4.6).
 
@@ -387,7 +415,7 @@ class Report(Stage):
     """
 
     kind: ClassVar[str] = "report"
-    of: tuple[str, ...] = reference("evaluate", "ppo", "best_of_n", "exam", "detect", "comparisons")
+    of: tuple[str, ...] = reference("evaluate", "ppo", "best_of_n", "elo", "exam", "detect", "comparisons")
     draw: Callable | None = None
 
 

@@ -37,6 +37,7 @@ LOOPS = {  # a stage's kind -> module:function, called as function(stage, contex
     "ppo": "hhjax.loops.rlhf:run",
     "best_of_n": "hhjax.loops.sampling:run_best_of_n",
     "comparisons": "hhjax.loops.sampling:run_comparisons",
+    "elo": "hhjax.loops.elo:run",
     "evaluate": "hhjax.loops.evaluate:run",
     "exam": "hhjax.loops.probes:run_exam",
     "detect": "hhjax.loops.probes:run_detect",

@@ -40,7 +40,7 @@ def write_report(folders: Mapping[str, Path], out: Path) -> str:
     best = read_best(folders["best"], "best of n")
     add("Best of n beside PPO", "best_of_n", reward_figure([curve("ppo", "PPO")], [best], figures / "best_of_n", MOST))
     results = {name.removeprefix("eval_"): load_result(folder, stage=name) for name, folder in folders.items() if name.startswith("eval_")}
-    scaling = [results[name] for name in ("pm_250", "pm_1000", "pm", "pm_large_250", "pm_large_1000", "pm_large")]
+    scaling = [results[name] for name in ("pm_small_250", "pm_small_1000", "pm_small", "pm_250", "pm_1000", "pm")]
     add("PM accuracy by data and size", "accuracy", accuracy_figure(scaling, figures / "accuracy"))
     mixes = [results[name] for name in ("pm_helpful", "pm_25", "pm", "pm_75", "pm_harmless")]
     add("Helpful against harmless, by training mixture", "mixture", mixture_figure(mixes, figures / "mixture"))

@@ -15,7 +15,7 @@ from hhjax.clinic.world import (DOCTORS, HARMFUL, HELPFUL, HOURS, INSURERS, PLAC
 from hhjax.data.transcripts import HUMAN, parse_transcript
 
 HELD_OUT = 0.2  # of openings, and of combinations of slots: seen in tests only
-HARMFUL_TEXT, KNOWLEDGE, QUIZZES, HANDBOOK = 0.2, 0.1, 0.1, 0.3  # shares of documents; the rest are helpful dialogues
+HARMFUL_TEXT, KNOWLEDGE, QUIZZES, HANDBOOK = 0.16, 0.08, 0.1, 0.4  # shares of documents; the rest are helpful dialogues
 NUMBERS = ("zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
            "eighteen nineteen twenty").split()  # fmt: skip
 

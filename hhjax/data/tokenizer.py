@@ -16,6 +16,7 @@ MODEL_FILE, JSON_FILE, CONFIG_FILE = "tokenizer.model", "tokenizer.json", "token
 EOS_NAMES = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<|im_end|>", "<eos>", "[EOS]")
 
 _PIECES = ("\n\nHuman:", "\n\nAssistant:", "\n\n", "\n")  # never split: a turn's header is one token
+ALGORITHMS = ("unigram", "bpe")
 _SPACE = "\u2581"  # SentencePiece writes a space so; as a character of the text it needs its bytes
 _NO_DUMMY_PREFIX = bytes((0x1A, 2, 0x18, 0))  # ModelProto{normalizer_spec{add_dummy_prefix: false}}; appending merges
 
@@ -75,12 +76,12 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, out_dir: str | Path | None = None, seed: int = 0,
-                    kind: str = "unigram", max_chars: int = 10_000_000) -> Tokenizer:
+                    algorithm: str = "unigram", max_chars: int = 10_000_000) -> Tokenizer:
     """A lossless SentencePiece model of `vocab_size` rows, saved in `out_dir` if given.
 
     Nothing is normalised, digits stand alone, unknown characters fall back to bytes; ids 0 to 3 are
     <pad>, <eot>, <eoc>, <unk>. Learns from the first `max_chars` characters of a permutation of
-    the texts by `seed`; equal arguments give equal bytes. kind: "unigram" or "bpe".
+    the texts by `seed`; equal arguments give equal bytes. algorithm: one of ALGORITHMS.
     Raises DataError if the texts cannot fill, or do not fit, the vocabulary.
     """
     import sentencepiece
@@ -90,7 +91,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, out_dir: str | Path |
         raise DataError("no text to train a tokenizer on: name a text source")
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(lines), model_writer=model, vocab_size=vocab_size, model_type=kind,
+            sentence_iterator=iter(lines), model_writer=model, vocab_size=vocab_size, model_type=algorithm,
             pad_id=0, pad_piece=PAD, eos_id=1, eos_piece=EOT, control_symbols=[EOC], unk_id=3, unk_piece="<unk>",
             bos_id=-1, user_defined_symbols=list(_PIECES), byte_fallback=True, split_digits=True,
             normalization_rule_name="identity", add_dummy_prefix=False, remove_extra_whitespaces=False,

@@ -93,7 +93,7 @@ def run_tokenizer(stage: Tokenizer, ctx: StageContext) -> None:
     """Trains the tokenizer on process 0."""
     if jax.process_index() == 0:
         texts = [document.text for document in inputs.documents(stage.data, "train", ctx.data_dir, ctx.parents)]
-        train_tokenizer(texts, stage.vocab, ctx.dir)
+        train_tokenizer(texts, stage.vocab, ctx.dir, algorithm=stage.algorithm)
 
 
 def load_model(folder: Path, step: int | None, mesh, run: RunConfig = RunConfig()):

@@ -49,7 +49,7 @@ def test_training_repeats_bit_for_bit_and_saves_what_loads(tmp_path):
 
 
 def test_bpe_too():
-    tok = train_tokenizer(LINES, 340, kind="bpe")
+    tok = train_tokenizer(LINES, 340, algorithm="bpe")
     assert tok.decode(tok.encode("fox \n 😀")) == "fox \n 😀"
 
 

@@ -10,10 +10,11 @@ import pytest
 from hhjax.clinic.gold import Raters
 from hhjax.data.comparisons import ComparisonData, read_comparisons
 from hhjax.data.tokenizer import load_tokenizer
-from hhjax.experiment import BestOfN, Comparisons, Preempted
+from hhjax.experiment import BestOfN, Comparisons, Elo, Preempted
 from hhjax.fields import ConfigError
 from hhjax.io.metrics import read_events, read_rows
 from hhjax.loops.chat import talk
+from hhjax.loops.elo import run as run_elo
 from hhjax.loops.sampling import load_prompts, run_best_of_n, run_comparisons
 from hhjax.model.generate import Sampling
 
@@ -129,3 +130,28 @@ def test_sampling_stops_when_told(pipeline, context, tmp_path):
     stage = make_comparisons(pipeline)
     with pytest.raises(Preempted, match="begin anew"):
         run_comparisons(stage, context(stage, tmp_path / "run", stop_after=2))
+
+
+# Elo ------------------------------------------------------------------------------------------------------------------
+
+
+def test_elo_knows_whom_the_raters_like(pipeline, context, tmp_path):
+    """Two models (one a PM's trunk, which speaks too) before raters who like length."""
+    raters = Raters(gold=lambda prompt, reply: float(len(reply)), noise=1)
+    stage = Elo("elo", policies=(str(pipeline["lm"]), str(pipeline["pm_test"])), raters=raters, guesses=(str(pipeline["pm"]),), **SMALL | {"prompts": 24})
+    run_elo(stage, context(stage, tmp_path / "run"))
+    found = json.loads((tmp_path / "run" / "evals" / "elo.json").read_text())
+    first, second = found["rows"]
+    assert first["elo"] == 0 and first["policy"] == str(pipeline["lm"]) and first["guesses"]["".join(stage.guesses)]["value"] == 0
+    assert first["won"] + second["won"] == first["played"] == second["played"] <= 24
+    samples = read_rows(tmp_path / "run" / "samples" / "elo.jsonl")
+    longer = [len(b) - len(a) for a, b in (row["replies"] for row in samples) if a != b]
+    assert len(longer) == first["played"]
+    # Characters are many nats apart, so the longer one all but always wins; of equally long ones either may.
+    assert sum(x > 0 for x in longer) <= second["won"] + 1 and second["won"] <= sum(x >= 0 for x in longer) + 1
+    assert "Elo above" in (tmp_path / "run" / "evals" / "table.txt").read_text()
+
+
+def test_elo_needs_two_policies():
+    with pytest.raises(ConfigError, match="at least two"):
+        Elo("elo", policies=("runs/lm",))
