@@ -91,7 +91,7 @@ def runs(fast: bool = False, seeds: int = 1):
 
 def small(base: Experiment) -> Experiment:
     """--fast: few steps, so that every path is walked in minutes."""
-    changes = {"lm": {"steps": 100}, "pm": {"data.limit": 250}, "ppo": {"steps": 15, "eval_prompts": 64},
+    changes = {"lm": {"steps": 400}, "pm": {"data.limit": 250}, "ppo": {"steps": 15, "eval_prompts": 64},
                "best_of_n": {"ns": (1, 4), "prompts": 16}, "detect": {"fit": 100}}  # fmt: skip
     for stage in base.stages:
         for path, value in changes.get(stage.kind, {}).items():

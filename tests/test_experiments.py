@@ -1,5 +1,6 @@
 """Every shipped experiment: it opens as DESIGN asks, its stages fit together, and the quickstart's runs to its report."""
 
+import csv
 import gzip
 import html
 import inspect
@@ -83,7 +84,7 @@ def test_the_stages_of_an_experiment_have_their_places(path, fast, hh_data, tmp_
     for run in command.runs:
         placed = place(run, tmp_path, hh_data)
         assert len({p.dir for p in placed}) == len({p.id for p in placed})  # equal stages of two names are one
-        assert placed[-1].stage.kind in ("report", "ppo", "comparisons")
+        assert placed[-1].stage.kind in ("report", "ppo", "comparisons", "elo")
 
 
 def test_the_changed_loss_is_under_ten_lines_and_changes_the_loss():
@@ -141,6 +142,24 @@ def test_ppo_and_rejection_sampling_go_from_data_to_figure(hh_data, hhjax, tmp_p
     assert drawn.returncode == 0, drawn.stderr
     assert "Best of 4 gains" in drawn.stdout
     assert (tmp_path / "runs" / "figures" / "best_of_n" / "reward_vs_sqrt_kl.png").stat().st_size > 5000
+
+
+@pytest.mark.slow
+def test_the_online_loop_goes_from_nothing_to_ratings(hhjax, tmp_path):
+    process = hhjax("run", ROOT / "experiments" / "clinic_online.py", "--fast", "--seeds", 1, "--jobs", 2, env={"HHJAX_DATA": ""})
+    output, _ = process.communicate(timeout=900)
+    assert process.returncode == 0, output
+    script = [sys.executable, ROOT / "scripts" / "plot_elo.py", tmp_path / "runs" / "experiments" / "clinic_online.json"]
+    drawn = subprocess.run(script, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert drawn.returncode == 0, drawn.stderr
+    [folder] = (tmp_path / "runs" / "elo").glob("*")
+    rows = {row["policy"]: row for row in json.loads((folder / "evals" / "elo.json").read_text())["rows"]}
+    with open(tmp_path / "runs" / "figures" / "clinic_online" / "elo.csv") as f:
+        points = [row for row in csv.DictReader(f) if row["line"] == "ppo_online"]
+    ends = {row["panel"]: row for row in points if float(row["x"]) == 15 * 64}
+    assert float(ends["raters"]["y"]) == pytest.approx(rows["ppo_online"]["elo"])
+    assert float(ends["guesses"]["y"]) == pytest.approx(rows["ppo_online"]["guesses"]["pm_online"]["value"])
+    assert [float(row["x"]) for row in points if row["panel"] == "raters"] == [0, 5 * 64, 15 * 64]
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ import numpy as np
 
 from hhjax.analysis.stats import Estimate, mean_estimate
 from hhjax.evals.elo import ELO, Rating, rate
-from hhjax.experiment import Elo, StageContext
+from hhjax.experiment import Elo, StageContext, split_step
 from hhjax.io.files import write_atomically
 from hhjax.loops.sampling import COMPARED, EVALUATION, draw_and_judge, even_rows, load_all, load_prompts, write_samples
 from hhjax.sharding import check_batch, make_mesh
@@ -31,7 +31,7 @@ def run(stage: Elo, ctx: StageContext) -> None:
     winners, losers, groups = compare(stage, prompts, texts, np.random.Generator(np.random.Philox(key=[ctx.seed, COMPARED])))
     ratings = rate(winners, losers, groups, len(names), seed=ctx.seed)
     guesses = [{name.removeprefix("guesses."): guess(scores[name], drawn[0][0][name]) for name in judges} for scores, _ in drawn]
-    table = [{"policy": ref} | rating._asdict() | {"guesses": {pm: e._asdict() for pm, e in guessed.items()}}
+    table = [{"policy": ref} | origin(ref, ctx) | rating._asdict() | {"guesses": {pm: e._asdict() for pm, e in guessed.items()}}
              for ref, rating, guessed in zip(stage.policies, ratings, guesses)]  # fmt: skip
     (ctx.dir / "evals").mkdir(exist_ok=True)
     write_atomically(ctx.dir / "evals" / "elo.json", json.dumps({"prompts": len(rows), "rows": table}, indent=1))
@@ -39,6 +39,15 @@ def run(stage: Elo, ctx: StageContext) -> None:
     write_atomically(ctx.dir / "evals" / "table.txt", text + "\n")
     write_samples(ctx.dir, "elo", [{"row": i, "prompt": prompt, "replies": [said[i] for said in texts]} for i, prompt in enumerate(prompts)])
     print(text)
+
+
+def origin(ref: str, ctx: StageContext) -> dict:
+    """What a policy was trained on: PPO samples by the step that the reference asks for, and the PM; 0 and None for a language model."""
+    about = ctx.parent_stages.get(ref) or {}
+    if about.get("kind") != "ppo":
+        return {"samples": 0, "reward": None}
+    config, step = about["config"], split_step(ref)[1]
+    return {"samples": config["batch_size"] * (step or config["steps"]), "reward": config["reward"]}
 
 
 def compare(stage: Elo, prompts: list[str], texts: list[list[str]], rng: np.random.Generator) -> tuple[list[int], list[int], list[int]]:

@@ -106,4 +106,5 @@ def test_a_gold_of_ones_own_labels_both_sides(tmp_path):
 def test_text_holds_no_held_out_opening():
     rows = corpus.draw_documents(np.random.default_rng(0), 600)
     dialogues = [row["transcript"] for row in rows if "transcript" in row]
-    assert 0.4 < len(dialogues) / len(rows) < 0.6 and all(share_of(opening(d)) >= corpus.HELD_OUT for d in dialogues)
+    share = 1 - corpus.KNOWLEDGE - corpus.QUIZZES - corpus.HANDBOOK
+    assert len(dialogues) / len(rows) == pytest.approx(share, abs=0.06) and all(share_of(opening(d)) >= corpus.HELD_OUT for d in dialogues)
