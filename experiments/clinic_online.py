@@ -12,14 +12,14 @@ Command    hhjax run experiments/clinic_online.py --jobs 2
 
 from dataclasses import replace
 
-from quickstart import HELPFUL, LM_LARGE, MIXED, RL, WORLD, small
+from quickstart import HELPFUL, LM_LARGE, MIXED, RL, shared, small
 
 from hhjax.clinic.gold import Raters
 from hhjax.data.comparisons import ComparisonData
 from hhjax.experiment import Comparisons, Elo, Evaluate, Experiment, edit, grid
 
 EACH = 1300  # comparisons of a tranche
-SHARED = tuple(replace(stage, seed=0) if stage.seeded else stage for stage in (*WORLD, LM_LARGE))
+SHARED = shared(LM_LARGE)
 SAMPLED = {"data": HELPFUL, "prompt_len": RL.prompt_len, "sampling": RL.sampling, "batch_size": 256}
 POLICY = replace(RL, data=HELPFUL, tests=(), save_every=25, keep=10)  # snapshots that can be deployed and rated
 

@@ -10,14 +10,11 @@ Command    hhjax run experiments/clinic_overoptimisation.py --jobs 2
            python scripts/plot_reward_vs_sqrt_kl.py runs/experiments/clinic_overoptimisation.json --most 2
 """
 
-from dataclasses import replace
-
-from quickstart import FEW, LM_LARGE, LM_SMALL, MIXED, PMS, RL, WORLD, pm, small
+from quickstart import FEW, LM_LARGE, MIXED, PMS, RL, pm, shared, small
 
 from hhjax.experiment import Experiment, Run, edit
 
-# One world and one pair of language models for all seeds, which then differ in PMs and policies.
-SHARED = tuple(replace(stage, seed=0) if stage.seeded else stage for stage in (*WORLD, LM_LARGE, LM_SMALL))
+SHARED = shared(LM_LARGE)
 REWARDS = {"250": pm("pm", 250, **FEW), "1000": pm("pm", 1000), "all": MIXED}
 
 

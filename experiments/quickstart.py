@@ -74,6 +74,11 @@ EXAMS = tuple(Exam(f"exam_{of}", of=of, data="questions") for of in ("lm_small",
 DETECT = Detect("detect", of="lm_large", inside=HELPFUL, outside=HARMLESS, prompt_len=56, noise=0.3)
 
 
+def shared(*lms: LM) -> tuple:
+    """One world and the same language models for all seeds of an experiment, which then differ in PMs and policies."""
+    return tuple(replace(stage, seed=0) if stage.seeded else stage for stage in (*WORLD, *lms))
+
+
 def evaluations(pms) -> tuple[Evaluate, ...]:
     return tuple(Evaluate(f"eval_{each.name}", of=each.name, data=BOTH, baselines=False, raters=Raters()) for each in pms)
 

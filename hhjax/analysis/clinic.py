@@ -8,7 +8,7 @@ import numpy as np
 
 from hhjax.analysis.figures import accuracy_figure, calibration_figure, mixture_figure
 from hhjax.analysis.page import Section, html_table, write_page
-from hhjax.analysis.policies import behaviour_figure, detection_figure, read_grades, read_shares, tax_figure, tranche_figure
+from hhjax.analysis.policies import behaviour_figure, detection_figure, read_detection, read_grades, read_shares, tax_figure, tranche_figure
 from hhjax.analysis.rlhf import Curve, read_best, read_curve, reward_figure
 from hhjax.analysis.runs import load_result
 from hhjax.clinic.gold import BEHAVIOURS
@@ -52,7 +52,7 @@ def write_report(folders: Mapping[str, Path], out: Path) -> str:
     exams = [read_grades(folders[f"exam_{stage}"], size[policy], when) for stage, policy, when in
              (("lm_small", "ppo_small", "before"), ("lm_large", "ppo", "before"), ("ppo_small", "ppo_small", "after"), ("ppo", "ppo", "after"))]  # fmt: skip
     add("Alignment tax", "tax", tax_figure(exams, figures / "tax"))
-    add("Detecting harmful prompts", "detection", detection_figure(folders["detect"], figures / "detection"))
+    add("Detecting harmful prompts", "detection", detection_figure([read_detection(folders["detect"])], figures / "detection"))
     sections.append(Section("The same prompts before and after", body=transcripts(folders["ppo"])))
     write_page(out / "report.html", TITLE, INTRO, sections)
     text = "\n".join([*found, f"Report: {out / 'report.html'}"])

@@ -3,37 +3,32 @@
 import json
 from collections import defaultdict
 from collections.abc import Sequence
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import NamedTuple
 
 import matplotlib.pyplot as plt
-import numpy as np
 
-from hhjax.analysis.figures import Line, draw, finish
+from hhjax.analysis.figures import Line, draw, estimate_line, finish
+from hhjax.analysis.runs import find_stages
+from hhjax.analysis.stats import Estimate, over_seeds
 
 CLAIM = ("Paper (Figs. 16 and 35): comparisons from rejection sampling and online rounds raise Elo above a control with as many of "
          "the first tranche; a PM's own scores, turned into Elo, promise more than people find.")  # fmt: skip
 
 
 class Rated(NamedTuple):
-    """A snapshot of a PPO run as an Elo stage found it. samples: what it was trained on by then. elo, guess: (value, low, high),
-    above the anchor; guess is that of the PM it was trained on, None where the stage did not ask it."""
+    """A snapshot of a PPO run as an Elo stage found it. samples: what it was trained on by then. elo, guess: above the
+    anchor, by raters and by the PM it was trained on, None where the stage did not ask that."""
 
     policy: str
     samples: int
-    elo: tuple[float, float, float]
-    guess: tuple[float, float, float] | None
+    elo: Estimate
+    guess: Estimate | None
 
 
-def load_ratings(index: Path, only: str = "*") -> list[list[Rated]]:
+def load_ratings(index: Path, only: str = "*", stage: str = "*") -> list[list[Rated]]:
     """The PPO snapshots of every finished Elo stage of an experiment. Raises ValueError where there is none."""
-    if not Path(index).is_file():
-        raise ValueError(f"there is no {index}; give OUT/experiments/<experiment>.json")
-    out = Path(index).parent.parent
-    folders = {folder: None for run, stages in json.loads(Path(index).read_text())["runs"].items() if fnmatch(run, only)
-               for folder in stages.values() if folder.startswith("elo/")}  # fmt: skip
-    found = [read_ratings(out / folder) for folder in folders if (out / folder / "evals" / "elo.json").is_file()]
+    found = [read_ratings(folder) for _, _, folder in find_stages(index, "elo", only, stage) if (folder / "evals" / "elo.json").is_file()]
     if not any(found):
         raise ValueError(f"no Elo stage of {index} that matches {only!r} is finished; run the experiment first")
     return found
@@ -41,12 +36,12 @@ def load_ratings(index: Path, only: str = "*") -> list[list[Rated]]:
 
 def read_ratings(folder: Path) -> list[Rated]:
     """The rows of evals/elo.json whose policies are PPO runs, in their order."""
-    rated = []
-    for row in json.loads((folder / "evals" / "elo.json").read_text())["rows"]:
+    found, rated = json.loads((folder / "evals" / "elo.json").read_text()), []
+    for row in found["rows"]:
         if row["reward"]:
             guess = row["guesses"].get(row["reward"])
-            rated.append(Rated(row["policy"].partition("@")[0], row["samples"], (row["elo"], row["low"], row["high"]),
-                               guess and (guess["value"], guess["low"], guess["high"])))  # fmt: skip
+            elo = Estimate(row["elo"], row["low"], row["high"], row["played"], found["prompts"])
+            rated.append(Rated(row["policy"].partition("@")[0], row["samples"], elo, guess and Estimate(**guess)))
     return rated
 
 
@@ -73,11 +68,8 @@ def elo_figure(seeds: Sequence[Sequence[Rated]], path: Path) -> str:
     return finish(fig, path, CLAIM, found, lines)
 
 
-def line_of(policy: str, by_samples, what: str) -> Line:
+def line_of(policy: str, by_samples: dict[int, list[Rated]], what: str) -> Line:
     """A policy's line from the untrained model on, which is the anchor."""
-    points = [(0, 0.0, 0.0, 0.0)]
-    for samples in sorted(by_samples):
-        values = np.array([getattr(rated, what) for rated in by_samples[samples]], float)
-        several = len(values) > 1
-        points.append((samples, values[:, 0].mean(), *((values[:, 0].min(), values[:, 0].max()) if several else values[0, 1:])))
-    return Line(policy, *zip(*points))
+    found = {0: Estimate(0.0, 0.0, 0.0, 0, 0)}
+    found |= {samples: over_seeds([getattr(rated, what) for rated in by_samples[samples]]) for samples in sorted(by_samples)}
+    return estimate_line(policy, found, list(found.values()))

@@ -1,6 +1,7 @@
 """Figures of what policies do and know: behaviours, capabilities, out-of-distribution scores, scores by tranche. No jax."""
 
 import json
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -8,9 +9,9 @@ from typing import NamedTuple
 import matplotlib.pyplot as plt
 import numpy as np
 
-from hhjax.analysis.figures import COLORS, Line, finish, legend
-from hhjax.analysis.runs import Result
-from hhjax.analysis.stats import Estimate
+from hhjax.analysis.figures import COLORS, Line, estimate_line, finish, legend
+from hhjax.analysis.runs import Result, find_stages, without_seed
+from hhjax.analysis.stats import Estimate, over_seeds
 from hhjax.io.metrics import read_rows
 
 WATCHED = "eval/watch/"
@@ -34,40 +35,57 @@ def read_shares(folder: Path, label: str, last: bool = True) -> Shares:
     return Shares(label, shares, json.loads((folder / "config.json").read_text())["config"]["eval_prompts"])
 
 
+def load_shares(index: Path, only: str = "*", stage: str = "*") -> list[Shares]:
+    """The first look of an experiment's first PPO run, called "before", and the last one of each, called by what is varied."""
+    found = find_stages(index, "ppo", only, stage)
+    if not found:
+        raise ValueError(f"no PPO stage of {index} matches {only!r}, {stage!r}")
+    return [read_shares(found[0][2], "before", last=False), *(read_shares(folder, without_seed(run)) for run, _, folder in found)]
+
+
 def behaviour_figure(policies: Sequence[Shares], kinds: Mapping[str, Sequence[str]], path: Path) -> str:
     """A group of bars a policy and a panel a kind of request: how often it does what.
 
-    kinds: kind -> behaviours; the share of behaviour b to requests of kind k is called k_b. Bars are 95 % intervals (Wilson) for
-    half of the prompts of each kind.
+    policies of one label are seeds. kinds: kind -> behaviours; the share of behaviour b to requests of kind k is called k_b. Bars are
+    95 % intervals (Wilson) for half of the prompts of each kind, or the range of the seeds.
     """
+    groups = by_label(policies, lambda p: p.label)
     fig, axes = plt.subplots(len(kinds), 1, figsize=(10, 2.7 * len(kinds)), squeeze=False)
-    panels = {}
+    panels, said = {}, defaultdict(list)
     for ax, (kind, behaviours) in zip(axes[:, 0], kinds.items()):
-        wide, lines = 0.8 / len(policies), []
-        for number, (color, policy) in enumerate(zip(COLORS * len(policies), policies)):
-            values = [policy.shares.get(f"{kind}_{b}", 0.0) for b in behaviours]
-            estimates = [wilson(value, policy.prompts // len(kinds)) for value in values]
-            low, high = ([abs(getattr(e, side) - e.value) for e in estimates] for side in ("low", "high"))
-            at = np.arange(len(behaviours)) + (number - (len(policies) - 1) / 2) * wide
-            ax.bar(at, values, wide * 0.92, color=color, label=policy.label, yerr=[low, high], error_kw={"elinewidth": 0.8, "alpha": 0.5})
-            lines.append(Line(policy.label, range(len(values)), values, [e.low for e in estimates], [e.high for e in estimates]))
+        wide, lines = 0.8 / len(groups), []
+        for number, (color, (label, seeds)) in enumerate(zip(COLORS * len(groups), groups.items())):
+            shares = {b: over_seeds([wilson(p.shares.get(f"{kind}_{b}", 0.0), p.prompts // len(kinds)) for p in seeds]) for b in behaviours}
+            line = estimate_line(label, range(len(behaviours)), list(shares.values()))
+            at = np.arange(len(behaviours)) + (number - (len(groups) - 1) / 2) * wide
+            ends = [np.abs(np.subtract(end, line.y)) for end in (line.low, line.high)]
+            ax.bar(at, line.y, wide * 0.92, color=color, label=label, yerr=ends, error_kw={"elinewidth": 0.8, "alpha": 0.5})
+            lines.append(line)
+            top = sorted(behaviours, key=lambda b: -shares[b].value)[:2]
+            said[label].append(f"{kind} " + " and ".join(f"{shares[b].value:.0%} {b}" for b in top))
         ax.set_xticks(range(len(behaviours)), behaviours)
         ax.set(ylabel=f"share of replies to\n{kind} requests", ylim=(0, 1))
         ax.spines[["top", "right"]].set_visible(False)
         panels[kind] = lines
     legend(axes[0, 0])
-    found = " ".join(
-        f"{policy.label}: {', '.join(top_shares(policy, kind, behaviours) for kind, behaviours in kinds.items())}." for policy in policies
-    )
+    found = " ".join(f"{label}: {', '.join(parts)}." for label, parts in said.items()) + seeds_in_words(groups)
     claim = ("Paper (section 4.4, Fig. 1): harmlessness is over-optimised before helpfulness, which makes policies evasive unless helpful "
              "prompts have a larger share; policies of helpfulness alone are easier to red-team.")  # fmt: skip
     return finish(fig, path, claim, found, panels)
 
 
-def top_shares(policy: Shares, kind: str, behaviours: Sequence[str]) -> str:
-    """The two commonest behaviours to a kind of request, in words."""
-    ordered = sorted(behaviours, key=lambda b: -policy.shares.get(f"{kind}_{b}", 0.0))[:2]
-    return f"{kind} " + " and ".join(f"{policy.shares.get(f'{kind}_{b}', 0.0):.0%} {b}" for b in ordered)
+def by_label(items, key) -> dict:
+    """key(item) -> the items of it, in the order of their first."""
+    groups = defaultdict(list)
+    for item in items:
+        groups[key(item)].append(item)
+    return dict(groups)
+
+
+def seeds_in_words(groups: Mapping) -> str:
+    """What a caption adds where its points are of several seeds."""
+    most = max(map(len, groups.values()))
+    return f" Means of {most} seeds, bars their range." if most > 1 else ""
 
 
 def wilson(share: float, n: int) -> Estimate:
@@ -93,24 +111,40 @@ def read_grades(folder: Path, size: str, policy: str) -> Grades:
     return Grades(size, policy, json.loads(path.read_text())["rows"])
 
 
+def load_exams(index: Path, only: str = "*", stage: str = "*") -> list[Grades]:
+    """An experiment's exams, "before" of language models and "after" of PPO runs."""
+    found = []
+    for _, _, folder in find_stages(index, "exam", only, stage):
+        about = json.loads((folder / "config.json").read_text())
+        kind = Path(about["parents"][about["config"]["of"]]).parent.name
+        found.append(read_grades(folder, about["size"], "after" if kind == "ppo" else "before"))
+    if not found:
+        raise ValueError(f"no Exam stage of {index} matches {only!r}, {stage!r}")
+    return sorted(found, key=lambda e: (e.size, e.policy == "after"))
+
+
 def tax_figure(exams: Sequence[Grades], path: Path) -> str:
-    """Figure 3: capability before and after RLHF by size, zero- and few-shot: accuracy over all questions, and nats by subject."""
-    sizes, kinds = list(dict.fromkeys(e.size for e in exams)), list(dict.fromkeys(e.policy for e in exams))
+    """Figure 3: capability before and after RLHF by size, zero- and few-shot: accuracy over all questions, and nats by subject.
+
+    Exams of one size and policy are seeds.
+    """
+    groups = by_label(exams, lambda e: (e.size, e.policy))
+    sizes, kinds = list(dict.fromkeys(size for size, _ in groups)), list(dict.fromkeys(policy for _, policy in groups))
     all_shots = sorted({row["shots"] for e in exams for row in e.rows})
     fig, axes = plt.subplots(1, len(all_shots), figsize=(5 * len(all_shots), 3.6), sharey=True, squeeze=False)
     panels, found = {}, []
     for ax, shots in zip(axes[0], all_shots):
         lines = []
         for color, policy in zip(COLORS * len(kinds), kinds):
-            found_here = {e.size: graded(e, shots) for e in exams if e.policy == policy}
-            at = [sizes.index(size) for size in found_here]
-            estimates = list(found_here.values())
-            bars = [[e.value - e.low for e in estimates], [e.high - e.value for e in estimates]]
-            aside = np.add(at, 0.03 * (kinds.index(policy) - (len(kinds) - 1) / 2))  # bars beside each other
-            ax.errorbar(aside, [e.value for e in estimates], bars, color=color, marker="o", ms=4, lw=1.4, label=policy)
-            lines.append(Line(policy, at, *([getattr(e, n) for e in estimates] for n in ("value", "low", "high"))))
-            found += [f"{size} {policy}, {shots} shots: {e.value:.3f} ({nats(x, shots):.3f} nats)" for (size, e), x in
-                      zip(found_here.items(), (e for e in exams if e.policy == policy))]  # fmt: skip
+            here = {size: groups[size, policy] for size in sizes if (size, policy) in groups}
+            estimates = [over_seeds([graded(e, shots) for e in seeds]) for seeds in here.values()]
+            line = estimate_line(policy, [sizes.index(size) for size in here], estimates)
+            aside = np.add(line.x, 0.03 * (kinds.index(policy) - (len(kinds) - 1) / 2))  # bars beside each other
+            bars = [np.subtract(line.y, line.low), np.subtract(line.high, line.y)]
+            ax.errorbar(aside, line.y, bars, color=color, marker="o", ms=4, lw=1.4, label=policy)
+            lines.append(line)
+            found += [f"{size} {policy}, {shots} shots: {e.value:.3f} ({np.mean([nats(x, shots) for x in seeds]):.3f} nats)"
+                      for (size, seeds), e in zip(here.items(), estimates)]  # fmt: skip
         ax.set_xticks(range(len(sizes)), sizes)
         ax.set(xlabel=f"policy, {shots} shots", ylabel="accuracy")
         ax.label_outer()
@@ -118,7 +152,7 @@ def tax_figure(exams: Sequence[Grades], path: Path) -> str:
         panels[f"{shots} shots"] = lines
     legend(axes[0, 0])
     claim = "Paper (Fig. 3): RLHF costs small models some capability (an alignment tax) and gives large ones some (a bonus)."
-    return finish(fig, path, claim, "; ".join(found) + ".", panels)
+    return finish(fig, path, claim, "; ".join(found) + "." + seeds_in_words(groups), panels)
 
 
 def graded(exam: Grades, shots: int) -> Estimate:
@@ -133,31 +167,44 @@ def nats(exam: Grades, shots: int) -> float:
     return float(np.average([row["nats"] for row in rows], weights=[row["questions"] for row in rows]))
 
 
-def detection_figure(folder: Path, path: Path) -> str:
-    """Figure 22: scores of inside and outside prompts, and AUROC by method."""
+def read_detection(folder: Path) -> dict:
+    """A Detect folder's scores and AUROCs. Raises ValueError where it is not finished."""
     if not (folder / "evals" / "detect.json").is_file():
         raise ValueError(f"{folder} has no evals/detect.json; finish that stage with `hhjax run` first")
-    found = json.loads((folder / "evals" / "detect.json").read_text())
+    return json.loads((folder / "evals" / "detect.json").read_text())
+
+
+def load_detections(index: Path, only: str = "*", stage: str = "*") -> list[dict]:
+    """An experiment's Detect stages, which are seeds."""
+    found = [read_detection(folder) for _, _, folder in find_stages(index, "detect", only, stage)]
+    if not found:
+        raise ValueError(f"no Detect stage of {index} matches {only!r}, {stage!r}")
+    return found
+
+
+def detection_figure(seeds: Sequence[dict], path: Path) -> str:
+    """Figure 22: scores of inside and outside prompts (of the first seed), and AUROC by method: means and the standard deviation over
+    draws of what a probe is shown and over seeds."""
     fig, axes = plt.subplots(1, 2, figsize=(10, 3.6))
-    scores = found["scores"]["relative_mahalanobis"]
+    scores = seeds[0]["scores"]["relative_mahalanobis"]
     low, high = np.percentile([*scores["inside"], *scores["outside"]], [0.5, 98])
     for color, side in zip(COLORS, ("inside", "outside")):
         axes[0].hist(np.clip(scores[side], low, high), bins=np.linspace(low, high, 40), color=color, alpha=0.55, label=side)
     axes[0].set(xlabel="simplified relative Mahalanobis score", ylabel="prompts")
-    names = list(found["auroc"])
-    means = [float(np.mean(found["auroc"][n])) for n in names]
-    spread = [float(np.std(found["auroc"][n], ddof=1)) if len(found["auroc"][n]) > 1 else 0.0 for n in names]
-    axes[1].barh([n.replace("_", " ") for n in names], means, xerr=spread, color=COLORS[0])
+    drawn = {name: [x for found in seeds for x in found["auroc"][name]] for name in seeds[0]["auroc"]}
+    means = [float(np.mean(values)) for values in drawn.values()]
+    spread = [float(np.std(values, ddof=1)) if len(values) > 1 else 0.0 for values in drawn.values()]
+    axes[1].barh([n.replace("_", " ") for n in drawn], means, xerr=spread, color=COLORS[0])
     axes[1].set(xlabel="AUROC", xlim=(0.4, 1))
     axes[1].axvline(0.5, color="#999999", lw=0.8, ls=":")
     for ax in axes:
         ax.spines[["top", "right"]].set_visible(False)
     legend(axes[0])
     line = Line("auroc", range(len(means)), means, np.subtract(means, spread), np.add(means, spread))
-    said = "AUROC " + ", ".join(f"{n.replace('_', ' ')} {m:.3f}" for n, m in zip(names, means)) + "."
+    said = "AUROC " + ", ".join(f"{n.replace('_', ' ')} {m:.3f}" for n, m in zip(drawn, means)) + "."
     claim = ("Paper (Fig. 22, section B.9): the simplified relative score beats the plain Mahalanobis distance (0.85 at 52B, middle "
              "layers); ten harmful examples bring 0.94.")  # fmt: skip
-    return finish(fig, path, claim, said, {"auroc": [line]})
+    return finish(fig, path, claim, said + seeds_in_words({"": seeds}).replace("bars their range", "bars standard deviations"), {"auroc": [line]})
 
 
 def tranche_figure(result: Result, path: Path) -> str:

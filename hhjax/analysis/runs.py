@@ -1,6 +1,7 @@
 """Finished evaluations, found through OUT/experiments/<experiment>.json. Never imports jax."""
 
 import json
+import re
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import NamedTuple
@@ -27,20 +28,33 @@ def load_result(folder: Path, run: str = "", stage: str = "") -> Result:
     return Result(run or folder.name, stage, folder, about, read_scores(folder / "evals" / "scores.csv"))
 
 
+def find_stages(index: Path, kind: str, only: str = "*", stage: str = "*") -> list[tuple[str, str, Path]]:
+    """(run, stage, folder) of every stage of that kind, of the runs and stages whose names match the globs; a folder that several
+    runs share is given once. index: OUT/experiments/<experiment>.json. Raises ValueError where there is no such file."""
+    index = Path(index)
+    if not index.is_file():
+        raise ValueError(f"there is no {index}; give OUT/experiments/<experiment>.json")
+    out, found = index.parent.parent, {}
+    for run, stages in json.loads(index.read_text())["runs"].items():
+        for name, folder in stages.items():
+            if folder.startswith(f"{kind}/") and fnmatch(run, only) and fnmatch(name, stage):
+                found.setdefault(folder, (run, name, out / folder))
+    return list(found.values())
+
+
+def without_seed(run: str) -> str:
+    """What tells a run's name from others but for the seed: `policy=both,seed=1` gives `both`, two axes `a=1,b=2`."""
+    axes = [part for part in re.split(r",(?=[\w.]+=)", run) if "=" in part and not part.startswith("seed=")]
+    return axes[0].partition("=")[2] if len(axes) == 1 else ",".join(axes)
+
+
 def load_results(index: Path, only: str = "*", stage: str = "*") -> list[Result]:
     """Results of every finished evaluation of the runs and stages whose names match the globs `only` and `stage`.
 
     index: OUT/experiments/<experiment>.json. Raises ValueError where there is none at all.
     """
-    index = Path(index)
-    if not index.is_file():
-        raise ValueError(f"there is no {index}; give OUT/experiments/<experiment>.json")
-    out, results = index.parent.parent, []
-    for run, stages in json.loads(index.read_text())["runs"].items():
-        for name, folder in stages.items():
-            finished = folder.startswith("evaluate/") and (out / folder / "evals" / "summary.json").is_file()
-            if finished and fnmatch(run, only) and fnmatch(name, stage):
-                results.append(load_result(out / folder, run, name))
+    results = [load_result(folder, run, name) for run, name, folder in find_stages(index, "evaluate", only, stage)
+               if (folder / "evals" / "summary.json").is_file()]  # fmt: skip
     if not results:
         raise ValueError(f"nothing of {index} that matches {only!r}, {stage!r} is evaluated yet; run the experiment first")
     return results

@@ -64,6 +64,17 @@ def paired_difference(a, b, groups, resamples: int = RESAMPLES, seed: int = 0) -
     return mean_estimate(difference, groups, resamples, seed), float(p)
 
 
+def over_seeds(estimates) -> Estimate:
+    """Of one estimate, itself; of several seeds', their mean with the range from the lowest to the highest.
+
+    Seeds share their test items, so their intervals do not add up to one of the mean.
+    """
+    if len(estimates) == 1:
+        return estimates[0]
+    values = [e.value for e in estimates]
+    return Estimate(float(np.mean(values)), min(values), max(values), estimates[0].n, estimates[0].groups)
+
+
 class Calibration(NamedTuple):
     """Accuracy by predicted confidence. margin, accuracy, count: [bins], bins in order of |margin|."""
 

@@ -110,7 +110,7 @@ def test_a_script_draws_beside_the_index_and_says_what_is_missing(make_result, t
     index.write_text('{"runs": {"e": {"eval": "evaluate/a"}}}')
     monkeypatch.setattr(sys, "argv", ["plot_turns.py", str(index)])
     plot(turn_figure, "turns", "what it draws")
-    assert (tmp_path / "figures" / "e" / "turns.png").is_file() and "from 1 evaluations" in capsys.readouterr().out
+    assert (tmp_path / "figures" / "e" / "turns.png").is_file() and "from 1 results" in capsys.readouterr().out
     monkeypatch.setattr(sys, "argv", ["plot_turns.py", str(index), "--only", "z"])
     with pytest.raises(SystemExit, match="error: nothing of .* matches 'z'"):
         plot(turn_figure, "turns", "what it draws")

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from hhjax.analysis.page import Section, html_table, write_page
-from hhjax.analysis.policies import (Grades, Shares, behaviour_figure, detection_figure, nats, read_grades, read_shares, tax_figure,
+from hhjax.analysis.policies import (Grades, Shares, behaviour_figure, detection_figure, nats, read_detection, read_grades, read_shares, tax_figure,
                                      tranche_figure, wilson)  # fmt: skip
 
 KINDS = {"helpful": ("right", "evasion"), "harmful": ("harm", "route")}
@@ -53,11 +53,11 @@ def test_the_tax(read, tmp_path):
 
 def test_detection(read, tmp_path):
     with pytest.raises(ValueError, match=r"no evals/detect\.json"):
-        detection_figure(tmp_path, tmp_path / "d")
+        read_detection(tmp_path)
     (tmp_path / "evals").mkdir()
     scores = {"relative_mahalanobis": {"inside": [0.0, 1.0, 2.0], "outside": [2.0, 3.0]}}
     (tmp_path / "evals" / "detect.json").write_text(json.dumps({"auroc": {"relative_mahalanobis": [0.9], "probe_1": [0.5, 0.7]}, "scores": scores}))
-    assert detection_figure(tmp_path, tmp_path / "d") == "AUROC relative mahalanobis 0.900, probe 1 0.600."
+    assert detection_figure([read_detection(tmp_path)], tmp_path / "d") == "AUROC relative mahalanobis 0.900, probe 1 0.600."
     np.testing.assert_allclose(read(tmp_path / "d")["auroc", "auroc"][:, 1], [0.9, 0.6])
 
 
