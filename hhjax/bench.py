@@ -83,7 +83,8 @@ def ppo(cfg: PPOBench) -> dict:
     shardings = rlhf.ppo_shardings(optimizer, models, mesh)
     init = jax.jit(models["policy"].init, out_shardings=shardings.params["policy"])
     policy, value, reference, reward = (init(jax.random.key(i)) for i in (0, 1, 0, 2))
-    state = init_state({"policy": policy, "value": value}, optimizer, jax.random.key(0))
+    start = jax.jit(lambda p: init_state(p, optimizer, jax.random.key(0)), out_shardings=shardings)  # as the loop does
+    state = start({"policy": policy, "value": value})
     frozen = {"reference": reference, "reward": reward, "tests": {}}
     phases = rlhf.make_phases(stage, models, vocab, mesh, mesh, shardings)
     offsets = {"reward": 0.0, "value": 0.0, "tests": {}}

@@ -12,7 +12,7 @@ import tyro
 
 from hhjax.io.metrics import clock, read_events, read_rows
 from hhjax.io.rundir import list_runs, read_state
-from hhjax.process import keep_compiled, use_huge_pages
+from hhjax.process import collect_rarely, keep_compiled, use_huge_pages
 
 Positional = tyro.conf.Positional
 
@@ -33,6 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv is None:  # a process of its own, whose memory and logging are ours
         use_huge_pages()
         keep_compiled()
+        collect_rarely()
         log_once()
     from hhjax.launch import exit_code
 

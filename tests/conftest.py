@@ -104,6 +104,18 @@ def start_hhjax(tiny_data):
         process.stdout.close()
 
 
+@pytest.fixture(scope="session")
+def start_two(start_hhjax):
+    """start_two(folder, *args, devices=1) -> `hhjax ARGS` as a cluster of two processes, each with so many devices."""
+    from hhjax.launch import free_port
+
+    def start(folder, *args, devices=1):
+        cluster = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free_port()}", "JAX_NUM_PROCESSES": "2"}
+        return [start_hhjax(folder, *args, devices=devices, env=cluster | {"JAX_PROCESS_ID": str(i)}) for i in range(2)]
+
+    return start
+
+
 @pytest.fixture
 def hhjax(start_hhjax, tmp_path):
     """`start_hhjax` in tmp_path."""

@@ -271,19 +271,12 @@ def test_a_hang_is_ended_with_its_traceback(chain, hhjax):
     assert process.returncode == 1 and "Timeout" in output and "losses.py" in output
 
 
-def start_two(hhjax, *args):
-    """`hhjax ARGS` as a cluster of two processes with one device each."""
-    address = f"127.0.0.1:{launch.free_port()}"
-    cluster = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2"}
-    return [hhjax(*args, env=cluster | {"JAX_PROCESS_ID": str(index)}) for index in range(2)]
-
-
 @pytest.mark.slow
-def test_two_processes_train_as_one(chain, hhjax):
+def test_two_processes_train_as_one(chain, hhjax, start_two):
     """The same rows in the same batches, half on each process."""
     alone = hhjax("run", "chain.py", "--only", "seed=0", "--out", "alone", devices=2)
     assert alone.wait(300) == 0
-    started = start_two(hhjax, "run", "chain.py", "--only", "seed=0", "--out", "together")
+    started = start_two(chain, "run", "chain.py", "--only", "seed=0", "--out", "together")
     outputs = [p.communicate(timeout=300)[0] for p in started]
     assert [p.returncode for p in started] == [0, 0], outputs
     rows = [losses_of(next((chain / out / "pm").iterdir())) for out in ("alone", "together")]
@@ -291,11 +284,11 @@ def test_two_processes_train_as_one(chain, hhjax):
 
 
 @pytest.mark.slow
-def test_a_process_that_fails_ends_its_peer(chain, hhjax):
+def test_a_process_that_fails_ends_its_peer(chain, start_two):
     """The one exits with 1 at once; the other too, when a collective fails, or with 134, when it misses the heartbeat."""
     fail = "        import jax\n        assert jax.process_index() == 0, 'boom'\n        value, metrics"
     (chain / "losses.py").write_text(LOSSES.replace("        value, metrics", fail))
-    started = start_two(hhjax, "run", "chain.py", "--only", "seed=0", "--heartbeat-timeout-s", "10")
+    started = start_two(chain, "run", "chain.py", "--only", "seed=0", "--heartbeat-timeout-s", "10")
     outputs = [p.communicate(timeout=300)[0] for p in started]
     assert started[1].returncode == 1 and started[0].returncode in (1, -6), outputs  # -6 is what a shell calls 134
     assert "boom" in outputs[1]

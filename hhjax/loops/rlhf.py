@@ -21,7 +21,7 @@ from hhjax.io import checkpoint
 from hhjax.io.files import write_atomically
 from hhjax.io.metrics import write_event
 from hhjax.loops.progress import Progress
-from hhjax.loops.sampling import (EVALUATION, Loaded, even_rows, fetch, frozen, load_all, load_prompts, make_judge, make_sample,
+from hhjax.loops.sampling import (EVALUATION, Loaded, even_rows, fetch, frozen, load_all, load_prompts, make_sample,
                                   put_prompts, reply_texts, row_batches, write_samples)  # fmt: skip
 from hhjax.loops.supervised import compute_dtype, is_due, rearm_watchdog, restore_newest, watchdog
 from hhjax.model.transformer import config_to_json, make_model
@@ -102,18 +102,18 @@ def run(stage: PPO, ctx: StageContext) -> None:
               "tests": {ref: frozen(found[f"tests.{ref}"], stage.run) for ref in stage.tests}}  # fmt: skip
     del found
     setup = Setup(stage, ctx, mesh, rollout_mesh, models, params, tok, prompts, held_out)
+    phases = make_phases(stage, models, tok.vocabulary, mesh, rollout_mesh, shardings)
     if "offsets" not in position:
         rearm_watchdog(stage.watchdog_s)
-        position |= {"offsets": mean_scores(setup, state), "beta": stage.kl.beta}
+        position |= {"offsets": mean_scores(setup, phases, state), "beta": stage.kl.beta}
         if jax.process_index() == 0:
             write_event(ctx.dir, "offsets", **position["offsets"])
-    train(setup, state, shardings, position)
+    train(setup, phases, state, position)
 
 
-def train(setup: Setup, state: TrainState, shardings: TrainState, position: dict) -> None:
+def train(setup: Setup, phases: Phases, state: TrainState, position: dict) -> None:
     """Iterations from position["step"] to the last, with their rows, looks and checkpoints."""
     stage, ctx = setup.stage, setup.ctx
-    phases = make_phases(stage, setup.models, setup.tok.vocabulary, setup.mesh, setup.rollout_mesh, shardings)
     progress = Progress(ctx, stage.name, position["step"], stage.steps, position["tokens"],
                         roofline.ceiling(compute_dtype(stage.run)))  # fmt: skip
     saver = checkpoint.CheckpointWriter(ctx.dir, stage.keep, on_saved=progress.saved)
@@ -204,21 +204,15 @@ def report_row(report: dict, rows) -> dict:
 def look(setup: Setup, phases: Phases, state: TrainState, offsets: dict, done: int) -> dict:
     """Replies to the held-out prompts, always with the same noise: their metrics. Writes samples/<iteration>.jsonl."""
     stage, tok = setup.stage, setup.tok
-    chosen = even_rows(setup.held_out.size, stage.eval_prompts)
-    policy = phases.spread(state.params["policy"])
-    key = jax.random.fold_in(sampling_key(setup), EVALUATION)
-    parts, texts, tokens = [], [], []
-    for places, real in row_batches(len(chosen), stage.batch_size):
-        prompts = put_prompts(setup.held_out, chosen[places], places, setup.rollout_mesh)
-        samples = phases.gather(phases.sample(policy, *prompts, key))
-        _, report = phases.score(state.params, setup.frozen, samples, offsets, 0.0)
-        report = dict(report) | {"kl_exact": phases.exact_kl(state.params["policy"], setup.frozen["reference"], samples.rows)}
-        rows = fetch(samples.rows, setup.mesh)
-        parts.append({n: np.asarray(x)[:real] for n, x in jax.device_get(report).items() if np.ndim(x)})
-        texts += reply_texts(rows, tok)[:real]
-        tokens.append(jax.tree.map(lambda x: x[:real], rows))
+    parts, tokens = [], []
+    for samples, report in held_out_replies(setup, phases, state, offsets):
+        exact = phases.exact_kl(state.params["policy"], setup.frozen["reference"], samples.rows)
+        real = len(report["score"])
+        parts.append(report | {"kl_exact": np.asarray(exact)[:real]})
+        tokens.append(jax.tree.map(lambda x: x[:real], fetch(samples.rows, setup.mesh)))
     whole = {name: np.concatenate([p[name] for p in parts]) for name in parts[0]}
-    rows, prompts = jax.tree.map(lambda *xs: np.concatenate(xs), *tokens), [setup.held_out.prompts[at] for at in chosen]
+    rows = jax.tree.map(lambda *xs: np.concatenate(xs), *tokens)
+    prompts, texts = [setup.held_out.prompts[at] for at in held_out_rows(setup)], reply_texts(rows, tok)
     seen = watched(stage, prompts, rows, tok)
     if jax.process_index() == 0:
         columns = {n: whole[n] for n in ("score", "k1", "length", "stopped", *(f"test/{ref}" for ref in stage.tests))} | seen
@@ -226,6 +220,23 @@ def look(setup: Setup, phases: Phases, state: TrainState, offsets: dict, done: i
             {"row": i, **{n: round(float(x[i]), 4) for n, x in columns.items() if np.isfinite(x[i])}, "prompt": prompt, "reply": text}
             for i, (prompt, text) in enumerate(zip(prompts, texts))])  # fmt: skip
     return report_row(whole, rows) | means(seen)
+
+
+def held_out_rows(setup: Setup) -> np.ndarray:
+    """The held-out prompts that are looked at."""
+    return even_rows(setup.held_out.size, setup.stage.eval_prompts)
+
+
+def held_out_replies(setup: Setup, phases: Phases, state: TrainState, offsets: dict):
+    """Yields, a batch at a time, Samples of the policy's replies to the held-out prompts, the last batch filled up, and what
+    the report says of each real one: numpy [rows]."""
+    chosen, policy = held_out_rows(setup), phases.spread(state.params["policy"])
+    key = jax.random.fold_in(sampling_key(setup), EVALUATION)
+    for places, real in row_batches(len(chosen), setup.stage.batch_size):
+        prompts = put_prompts(setup.held_out, chosen[places], places, setup.rollout_mesh)
+        samples = phases.gather(phases.sample(policy, *prompts, key))
+        _, report = phases.score(state.params, setup.frozen, samples, offsets, 0.0)
+        yield samples, {n: np.asarray(x)[:real] for n, x in jax.device_get(report).items() if np.ndim(x)}
 
 
 def watched(stage: PPO, prompts: list[str], rows, tok: Tokenizer) -> dict[str, np.ndarray]:
@@ -254,12 +265,12 @@ def starting_state(stage: PPO, ctx: StageContext, found: dict[str, Loaded], mesh
     optimizer = ppo_optimizer(stage)
     params = {name: found[name].params for name in optimizer.parts}
     shardings = ppo_shardings(optimizer, {name: found[name].model for name in optimizer.parts}, mesh)
-    key = jax.random.split(jax.random.key(ctx.seed))[1]
-    like = jax.eval_shape(lambda p, k: split_policy(init_state(p, optimizer, k)), params, key)
+    # The key is drawn inside: an eager one would be five little programs to compile.
+    fresh = lambda p: init_state(p, optimizer, jax.random.split(jax.random.key(ctx.seed))[1])  # noqa: E731
+    like = jax.eval_shape(lambda p: split_policy(fresh(p)), params)
     if restored := restore_newest(ctx, stage.name, like, split_policy(shardings)):
         return join_policy(restored[0]), shardings, restored[1]
-    start = jax.jit(lambda p, k: init_state(p, optimizer, k), out_shardings=shardings)
-    return start(params, key), shardings, {"step": 0, "tokens": 0}
+    return jax.jit(fresh, out_shardings=shardings)(params), shardings, {"step": 0, "tokens": 0}
 
 
 def ppo_optimizer(stage: PPO) -> PartsOptimizer:
@@ -305,26 +316,18 @@ def make_phases(stage: PPO, models: dict, vocab: Vocabulary, mesh, rollout_mesh,
     )  # fmt: skip
 
 
-def mean_scores(setup: Setup, state: TrainState) -> dict:
+def mean_scores(setup: Setup, phases: Phases, state: TrainState) -> dict:
     """The mean score that each PM gives the initial policy's replies to the held-out prompts: what later scores are above.
 
     With gamma 1 a constant in reward and values cancels out of the advantages, so that a value network which starts from the
     reward PM may go on predicting scores as they are: "value" is that constant, see `make_score`.
     """
-    stage, tok = setup.stage, setup.tok
-    sample = make_sample(setup.models["policy"], tok.vocabulary, stage.sampling, setup.mesh)
-    names = {"reward": setup.frozen["reward"]} | {f"tests.{ref}": p for ref, p in setup.frozen["tests"].items()}
-    judges = {name: make_judge(setup.models[name], tok.vocabulary, setup.mesh) for name in names}
-    chosen, key = even_rows(setup.held_out.size, stage.eval_prompts), jax.random.fold_in(sampling_key(setup), EVALUATION)
-    scores = {name: [] for name in names}
-    for places, real in row_batches(len(chosen), stage.batch_size):
-        samples = sample(state.params["policy"], *put_prompts(setup.held_out, chosen[places], places, setup.mesh), key)
-        for name, params in names.items():
-            scores[name].append(np.asarray(judges[name](params, samples))[:real])
-    means = {name: float(np.concatenate(s).mean()) for name, s in scores.items()}
+    stage, none = setup.stage, {"reward": 0.0, "value": 0.0, "tests": dict.fromkeys(setup.stage.tests, 0.0)}
+    parts = [report for _, report in held_out_replies(setup, phases, state, none)]
+    means = {name: float(np.concatenate([p[name] for p in parts]).mean()) for name in parts[0]}
     from_reward = not stage.value_head and stage.value in (None, stage.reward)
-    tests = {ref: means[f"tests.{ref}"] for ref in stage.tests}
-    return {"reward": means["reward"], "value": means["reward"] if from_reward else 0.0, "tests": tests}
+    tests = {ref: means[f"test/{ref}"] for ref in stage.tests}
+    return {"reward": means["score"], "value": means["score"] if from_reward else 0.0, "tests": tests}
 
 
 def describe_folder(ctx: StageContext, policy: Loaded, prompts: PromptSource, held_out: PromptSource) -> None:

@@ -5,7 +5,7 @@ Blocks are stacked along a leading `layers` axis and scanned in training, unroll
 """
 
 from dataclasses import asdict, dataclass, field
-from functools import partial
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -99,8 +99,10 @@ REMAT = {
 }
 
 
+@lru_cache(maxsize=32)
 def make_model(cfg: ModelConfig, mesh=None, run: RunConfig = RunConfig()) -> Model:
-    """The record of pure functions of types.Model. With a mesh, activations are pinned to (data, fsdp) at block
+    """The record of pure functions of types.Model, one and the same for equal arguments: a layer that jax has traced for the
+    policy serves the reference, the PM and the value network too. With a mesh, activations are pinned to (data, fsdp) at block
     boundaries and each layer's weights are gathered over fsdp before use; without the pins the partitioner
     spreads the parameters' sharding into the activations (0.29 of the one-device rate on eight devices)."""
     if run.remat not in REMAT:
@@ -127,6 +129,11 @@ def make_model(cfg: ModelConfig, mesh=None, run: RunConfig = RunConfig()) -> Mod
     def init(key):
         return init_decoder(cfg, block, key)
 
+    @jax.jit  # traced once for all layers and programs that give it equal shapes; XLA inlines the calls
+    def layer(x, weights, where, kv=None):
+        x, kv = block.apply({"params": gather(weights, layer_axes)}, pin(x), where, kv)
+        return pin(x), kv
+
     def apply(params, tokens, positions=None, mask=None, cache=None):
         """tokens [B, T] -> (final normed hidden [B, T, D], cache).
 
@@ -141,12 +148,8 @@ def make_model(cfg: ModelConfig, mesh=None, run: RunConfig = RunConfig()) -> Mod
         where = Where(positions, *rotation(cfg, positions), jnp.where(visible, 0.0, -1e30))
         x = pin(gather(params["embed"], axes["embed"])[tokens].astype(dtype))
 
-        def layer(x, weights, kv=None):
-            x, kv = block.apply({"params": gather(weights, layer_axes)}, pin(x), where, kv)
-            return pin(x), kv
-
         if cache is None:
-            body = lambda x, weights: (layer(x, weights)[0], None)  # noqa: E731
+            body = lambda x, weights: (layer(x, weights, where)[0], None)  # noqa: E731
             if REMAT[run.remat] is not None:
                 body = jax.checkpoint(body, policy=REMAT[run.remat], prevent_cse=False)
             x, _ = jax.lax.scan(body, x, params["blocks"], unroll=unroll)
@@ -154,7 +157,7 @@ def make_model(cfg: ModelConfig, mesh=None, run: RunConfig = RunConfig()) -> Mod
             new = []
             for i in range(cfg.layers):
                 weights = jax.tree.map(lambda w: w[i], params["blocks"])
-                x, kv = layer(x, weights, (cache.keys[i], cache.values[i]))
+                x, kv = layer(x, weights, where, (cache.keys[i], cache.values[i]))
                 new.append(kv)
             cache = Cache(*map(tuple, zip(*new)))
         return normalize(cfg, x, params["final_norm_scale"], params.get("final_norm_bias")), cache
@@ -287,7 +290,8 @@ def init_decoder(cfg: ModelConfig, block: Block, key):
 def decoder_axes(cfg: ModelConfig):
     """Logical axis names of every parameter, as a tree of tuples."""
     block = Block(cfg, jnp.dtype("float32"), False)
-    boxed = jax.eval_shape(block.init, jax.random.key(0), *example_input(cfg))["params"]
+    # The example is made while tracing: made eagerly it would be a dozen little programs to compile.
+    boxed = jax.eval_shape(lambda key: block.init(key, *example_input(cfg)), jax.random.key(0))["params"]
     axes = {
         "embed": ("vocab", "embed"),
         "blocks": {name: ("layers", *box.names) for name, box in boxed.items()},

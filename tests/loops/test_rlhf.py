@@ -1,10 +1,12 @@
 """The PPO loop: it raises its reward, says what happens, and no interruption shows in what it leaves behind."""
 
 import json
+import pickle
 import random
 import time
 from dataclasses import replace
 
+import jax
 import numpy as np
 import pytest
 
@@ -186,6 +188,41 @@ def test_another_rollout_mesh_gives_the_same_run(finished, pipeline, context, tm
     for a, b in zip(iterations(tmp_path / "run"), iterations(finished)):
         for name in ("score", "kl_k3", "loss", "length", "grad_norm"):
             assert a[name] == pytest.approx(b[name], rel=5e-3, abs=1e-4), name
+
+
+HOSTS = """
+import pickle
+from hhjax.experiment import Experiment
+
+RUNS = Experiment("hosts", (pickle.loads({stage!r}),))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("changes", [{}, {"rollout_mesh": MeshConfig(4, 1, 2)}], ids=["one mesh", "rollout mesh"])
+def test_two_hosts_and_then_one_give_the_same_run(finished, pipeline, context, start_two, tmp_path, changes):
+    """Two processes with half of the devices each make four iterations and save; one process with all devices restores that
+    and makes the last two. What either writes is what one process would have written alone."""
+    (tmp_path / "hosts.py").write_text(HOSTS.format(stage=pickle.dumps(make_ppo(pipeline, steps=4, **changes))))
+    hosts = start_two(tmp_path, "run", "hosts.py", devices=4)
+    outputs = [process.communicate(timeout=300)[0] for process in hosts]
+    assert [process.returncode for process in hosts] == [0, 0], outputs
+    [folder] = (tmp_path / "runs" / "ppo").iterdir()
+    stage = make_ppo(pipeline, **changes)
+    rlhf.run(stage, context(stage, folder))
+    events = [e["event"] for e in read_events(folder)]
+    assert events.count("offsets") == events.count("start") == 1 and events.count("restore") == 1  # process 0 alone writes
+    rows, alone = iterations(folder), iterations(finished)
+    assert [row["step"] for row in rows] == [row["step"] for row in alone]
+    for a, b in zip(rows, alone):
+        assert {n: a[n] for n in ("tokens", "length", "stop_rate")} == {n: b[n] for n in ("tokens", "length", "stop_rate")}
+        for name in sorted(b.keys() - TIMING):
+            assert a[name] == pytest.approx(b[name], rel=1e-3, abs=1e-4), (name, a["step"])
+    samples = [[row["reply"] for row in read_rows(f / "samples" / "000003.jsonl")] for f in (folder, finished)]
+    assert samples[0] == samples[1] and len(samples[0]) == 20
+    policies = [load_model(f, None, make_mesh(MeshConfig()))[1] for f in (folder, finished)]
+    for a, b in zip(*map(jax.tree.leaves, policies)):
+        np.testing.assert_allclose(a, b, atol=1e-4)
 
 
 def test_the_policy_is_a_model_like_any_other(finished, pipeline):

@@ -48,6 +48,16 @@ def test_an_unknown_size_and_an_unset_vocabulary_are_errors():
         make_model(SIZES["0.1M"]).init(jax.random.key(0))
 
 
+def test_equal_models_are_one_and_their_layers_are_traced_once():
+    model = make_model(GROUPED)
+    assert model is make_model(replace(GROUPED)) and model is not make_model(TINY)
+    decode = lambda params, tokens: model.apply(params, tokens, None, None, model.init_cache(3, 16))  # noqa: E731
+    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    traced = [jax.make_jaxpr(f)(shapes, tokens_for(GROUPED)) for f in (decode, lambda *args: decode(*args))]
+    layers = [eqn.params["jaxpr"] for jaxpr in traced for eqn in jaxpr.eqns if eqn.params.get("name") == "layer"]
+    assert len(layers) == 2 * GROUPED.layers and all(layer is layers[0] for layer in layers)
+
+
 @CONFIGS
 def test_later_tokens_change_nothing_before_them(cfg):
     model = make_model(cfg)
