@@ -84,7 +84,7 @@ def test_the_stages_of_an_experiment_have_their_places(path, fast, hh_data, tmp_
     for run in command.runs:
         placed = place(run, tmp_path, hh_data)
         assert len({p.dir for p in placed}) == len({p.id for p in placed})  # equal stages of two names are one
-        assert placed[-1].stage.kind in ("report", "ppo", "comparisons", "elo")
+        assert placed[-1].stage.kind in ("report", "ppo", "comparisons", "elo", "evaluate", "detect")
 
 
 def test_the_changed_loss_is_under_ten_lines_and_changes_the_loss():
