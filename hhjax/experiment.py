@@ -606,19 +606,19 @@ def place(run: Run, out: Path, data_dir: Path | None = None) -> tuple[Placed, ..
 
 
 def references(stage: Stage, earlier) -> list[tuple[str, str, tuple[str, ...]]]:
-    """Every (field, reference text, kinds it may be) of a stage.
+    """Every (field, reference text, kinds it may be) of a stage, models before data.
 
     earlier: names of the stages before it; a data source of such a name is a reference too.
     """
-    found = []
+    found, data = [], []
     for f in dataclasses.fields(stage):
         value = getattr(stage, f.name)
         if (kinds := f.metadata.get("ref")) and value:
             found += [(f.name, ref, kinds) for ref in ((value,) if isinstance(value, str) else value)]
         elif isinstance(value, ComparisonData | TextData):
             kinds = ("comparisons", "clinic") if isinstance(value, ComparisonData) else ("clinic",)
-            found += [(f"{f.name}.sources", s, kinds) for s in value.sources if split_step(s)[0] in earlier]
-    return found
+            data += [(f"{f.name}.sources", s, kinds) for s in value.sources if split_step(s)[0] in earlier]
+    return found + data
 
 
 def check_reference(where: str, ref: str, kinds, earlier: Mapping[str, Stage]) -> None:

@@ -20,6 +20,7 @@ from hhjax.analysis.clinic import write_report
 from hhjax.experiment import place
 from hhjax.fields import ConfigError
 from hhjax.flags import parse
+from hhjax.model.sizes import SIZES
 from hhjax.types import Rollout
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -85,6 +86,8 @@ def test_the_stages_of_an_experiment_have_their_places(path, fast, hh_data, tmp_
         placed = place(run, tmp_path, hh_data)
         assert len({p.dir for p in placed}) == len({p.id for p in placed})  # equal stages of two names are one
         assert placed[-1].stage.kind in ("report", "ppo", "comparisons", "elo", "evaluate", "detect")
+        sizes = {p.size for p in placed if p.stage.kind in ("ppo", "best_of_n", "comparisons", "elo", "exam", "detect")}
+        assert not sizes - set(SIZES)  # folders are named by models, not by the data
 
 
 def test_the_changed_loss_is_under_ten_lines_and_changes_the_loss():

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from hhjax.analysis.page import Section, html_table, write_page
-from hhjax.analysis.policies import (Grades, Shares, behaviour_figure, detection_figure, nats, read_detection, read_grades, read_shares, tax_figure,
-                                     tranche_figure, wilson)  # fmt: skip
+from hhjax.analysis.policies import (Grades, Shares, behaviour_figure, detection_figure, load_exams, load_shares, nats, read_detection, read_grades,
+                                     read_shares, tax_figure, tranche_figure, wilson)  # fmt: skip
+from hhjax.analysis.runs import without_seed
 
 KINDS = {"helpful": ("right", "evasion"), "harmful": ("harm", "route")}
 
@@ -29,6 +30,42 @@ def test_shares_are_read_from_the_first_and_the_last_look(tmp_path):
     (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 0, "eval/score": 0.0}) + "\n")
     with pytest.raises(ValueError, match="give the PPO stage a `watch`"):
         read_shares(tmp_path, "x")
+
+
+def test_seeds_become_their_mean_and_range(read, tmp_path):
+    seeds = [Shares("after", {"helpful_right": x, "harmful_harm": 1 - x}, 128) for x in (0.2, 0.6, 0.7)]
+    found = behaviour_figure([Shares("before", {"helpful_right": 0.4}, 128), *seeds], KINDS, tmp_path / "b")
+    assert "after: helpful 50% right and 0% evasion, harmful 50% harm and 0% route." in found
+    assert found.endswith("Means of 3 seeds, bars their range.")
+    np.testing.assert_allclose(read(tmp_path / "b")["helpful", "after"][0, 1:], [0.5, 0.2, 0.7])
+
+
+def test_an_experiment_s_stages_are_found_by_kind_each_once(tmp_path):
+    index = tmp_path / "experiments" / "e.json"
+    index.parent.mkdir()
+    index.write_text(json.dumps({"runs": {"policy=a,seed=0": {"rl": "ppo/x", "exam_lm": "exam/l", "exam_rl": "exam/x"},
+                                          "policy=b,seed=0": {"rl": "ppo/y", "exam_lm": "exam/l"}}}))  # fmt: skip
+    for name, right in (("x", 0.5), ("y", 0.25)):
+        folder = tmp_path / "ppo" / name
+        folder.mkdir(parents=True)
+        looks = [{"eval/score": 0.0, "eval/watch/helpful_right": r} for r in (0.1, right)]
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in looks))
+        (folder / "config.json").write_text(json.dumps({"config": {"eval_prompts": 64}}))
+    for name, of in (("l", "lm"), ("x", "ppo")):
+        (tmp_path / "exam" / name / "evals").mkdir(parents=True)
+        about = {"size": "1M", "config": {"of": "it"}, "parents": {"it": f"runs/{of}/1M-s0-0"}}
+        (tmp_path / "exam" / name / "config.json").write_text(json.dumps(about))
+        (tmp_path / "exam" / name / "evals" / "exam.json").write_text(json.dumps({"rows": [{"shots": 0}]}))
+    assert [(s.label, s.shares["helpful_right"]) for s in load_shares(index)] == [("before", 0.1), ("a", 0.5), ("b", 0.25)]
+    assert [s.label for s in load_shares(index, "*=b*")] == ["before", "b"]
+    assert [(e.size, e.policy) for e in load_exams(index)] == [("1M", "before"), ("1M", "after")]
+    with pytest.raises(ValueError, match="no PPO stage"):
+        load_shares(index, "*=c*")
+
+
+@pytest.mark.parametrize("run, label", [("policy=both,seed=1", "both"), ("a.b=1,c=x+y,seed=0", "a.b=1,c=x+y"), ("pm_hh", ""), ("seed=2", "")])
+def test_a_run_is_called_by_what_is_varied_but_the_seed(run, label):
+    assert without_seed(run) == label
 
 
 def test_wilson():
