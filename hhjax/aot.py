@@ -4,6 +4,7 @@ What is wanted stands after its optimisation passes: the program's text, the exa
 machine code from them would take ten to thirty times as long and tell nothing new, so the process is ended there.
 """
 
+import importlib.metadata
 import importlib.util
 import multiprocessing
 import os
@@ -44,6 +45,10 @@ def require_libtpu() -> None:
     """Raises ConfigError where the compiler is not installed."""
     if not importlib.util.find_spec("libtpu"):
         raise ConfigError("compiling for a TPU needs libtpu, which is not installed: pip install 'hhjax[plan]'")
+
+
+def libtpu_version() -> str:
+    return importlib.metadata.version("libtpu")
 
 
 def compile_for_tpu(build: Callable, *args, limit_s: float = 1800.0) -> Compiled:

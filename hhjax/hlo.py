@@ -165,7 +165,7 @@ class Program:
     def _read_by(self, users: Mapping[str, list[tuple[Op, int]]], op: Op) -> int:
         total = 0
         for user, at in users.get(op.name, ()):
-            if user.kind == "dynamic-slice" and at == 0:
+            if user.kind in ("dynamic-slice", "slice") and at == 0:
                 total += user.shapes[0].bytes
             elif user.kind == "fusion":
                 total += self._read(called(user), at)

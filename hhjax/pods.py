@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, NamedSharding
 
-from hhjax.aot import Compiled, compile_for_tpu, require_libtpu
+from hhjax.aot import Compiled, compile_for_tpu, libtpu_version, require_libtpu
 from hhjax.chips import GIB, Topology, parse_topology
 from hhjax.experiment import PPO, Run, Training, reference_dir, split_step
 from hhjax.fields import ConfigError
@@ -129,8 +129,10 @@ def run(command: Command, flags: PlanFlags) -> int:
     rows = summary(steps, estimates, topology)
     print("", *table(rows), sep="\n")
     if flags.json:
-        flags.json.write_text(json.dumps({"topology": topology.name, "chips": topology.chips, "rows": rows,
-                                          "steps": [as_json(e) for e in estimates]}, indent=1))  # fmt: skip
+        flags.json.write_text(json.dumps({
+            "topology": topology.name, "chips": topology.chips, "attainable": ATTAINABLE, "jax": jax.__version__,
+            "libtpu": libtpu_version() if topology.chip.axes else "", "rows": rows, "steps": [as_json(e) for e in estimates],
+        }, indent=1))  # fmt: skip
     return 0 if all(e.fits for e in estimates) else 2
 
 
