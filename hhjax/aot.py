@@ -54,7 +54,8 @@ def libtpu_version() -> str:
 def compile_for_tpu(build: Callable, *args, limit_s: float = 1800.0) -> Compiled:
     """Calls build(*args) -> (jax.stages.Lowered for a TPU topology's devices, picklable facts) in a fresh process, and compiles.
 
-    build and args are pickled. Raises ConfigError without libtpu, with what build raised as ValueError, or after limit_s.
+    build and args are pickled. Raises ConfigError without libtpu, with what build raised as ValueError, or
+    after limit_s; RuntimeError where the process died.
     """
     require_libtpu()
     server = multiprocessing.get_context("forkserver")  # forks a process that has imported jax and used no device
@@ -73,7 +74,7 @@ def compile_for_tpu(build: Callable, *args, limit_s: float = 1800.0) -> Compiled
                     kind, said = ours.recv() if ours.poll(0.1) else ("", None)
                 except EOFError:
                     process.join()
-                    kind, said = "failure", f"the compiling process died with {process.exitcode}: {_tail(folder)}"
+                    raise RuntimeError(f"the compiling process died with {process.exitcode}: {_tail(folder)}") from None
                 if kind == "error":
                     raise ConfigError(said)
                 facts = said if kind == "facts" else facts

@@ -188,15 +188,18 @@ class Program:
     def collectives(self, mesh: Mapping[str, int]) -> list[Collective]:
         """Every exchange between devices, equal ones together. mesh: axis -> size, in the order of the program's devices.
 
-        TPUs write a reduce-scatter as a fusion of an all-reduce and a slice: it is told as what it is.
+        TPUs write a reduce-scatter as a fusion of an all-reduce and a slice: it is told as what it is. An exchange that goes on
+        beside several products stands in the fusion of each, with one channel: it counts once.
         """
-        found = defaultdict(int)
+        found, channels = defaultdict(int), set()
         for use in self.uses:
             scattered = use.fused and "all-reduce-scatter" in use.computation
             for op in self.computations[use.computation].values():
                 kind = op.kind.removesuffix("-start")
-                if kind not in COLLECTIVES:
+                channel = re.search(r"channel_id=(\d+)", op.attributes)
+                if kind not in COLLECTIVES or (channel and use.fused and (channel[1], scattered) in channels):
                     continue
+                channels.add((channel[1], scattered) if channel else None)
                 shapes = op.shapes
                 if kind == "reduce-scatter":  # the whole is what goes in
                     shapes = tuple(s for n in op.operands for s in self.computations[use.computation][n].shapes)

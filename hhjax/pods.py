@@ -267,16 +267,19 @@ def lower_phase(step: Step, mesh, decode, dtype: str):
     judges = judge_params(stage, {role: placed(jax.eval_shape(lambda p: frozen(p, dtype), shapes[role]),
                                                param_shardings(model.axes(), shapes[role], mesh)) for role, model in models.items()})  # fmt: skip
     offsets = {"reward": 0.0, "value": 0.0, "tests": dict.fromkeys(stage.tests, 0.0)}
-    scored = (state.params, judges, jax.eval_shape(phases.sample, *inputs), offsets, 0.0)
+    gathered = split_rows(jax.eval_shape(phases.sample, *inputs), mesh)
+    scored = (state.params, judges, gathered, offsets, 0.0)
     if step.phase == "score":
         return phases.score.lower(*scored)
-    rollout, _ = jax.eval_shape(phases.score, *scored)
-    rows = batch_sharding(mesh)
-    return phases.update.lower(state, placed(rollout, jax.tree.map(lambda _: rows, rollout)))
+    return phases.update.lower(state, split_rows(jax.eval_shape(phases.score, *scored)[0], mesh))
 
 
 def placed(shapes, shardings):
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
+
+
+def split_rows(shapes, mesh):
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=batch_sharding(mesh)), shapes)
 
 
 def training_shardings(model, optimizer, mesh):
