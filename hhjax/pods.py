@@ -9,13 +9,14 @@ by the three of an iteration (sample, score, update). Nothing is read but the ex
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AbstractMesh, NamedSharding
+from jax.sharding import AbstractMesh
 
 from hhjax.aot import Compiled, compile_for_tpu, libtpu_version, require_libtpu
 from hhjax.chips import GIB, Topology, parse_topology
@@ -241,7 +242,8 @@ def lower(step: Step, topology: str):
     if isinstance(step.stage, Training):
         model = make_model(step.configs["model"], mesh, step.stage.run)
         optimizer = make_optimizer(step.stage.optim, step.stage.steps or 1)
-        return lower_update(step.stage, model, optimizer, training_shardings(model, optimizer, mesh), mesh), facts
+        shardings = state_shardings(optimizer, *shapes_and_places(model.config, mesh), mesh)
+        return lower_update(step.stage, model, optimizer, shardings, mesh), facts
     return lower_phase(step, mesh, decode, dtype), facts
 
 
@@ -253,19 +255,18 @@ def lower_phase(step: Step, mesh, decode, dtype: str):
     shardings = ppo_shardings(optimizer, models, mesh)
     vocab = Vocabulary(0, 1, 2, models["policy"].config.vocab)
     phases = make_phases(stage, models, vocab, mesh, decode, shardings)
-    shapes = {role: jax.eval_shape(model.init, jax.random.key(0)) for role, model in models.items()}
+    shapes = {role: parameters_of(cfg)[0] for role, cfg in step.configs.items()}
     key = jax.eval_shape(lambda: jax.random.key(0))
     state = jax.eval_shape(lambda p, k: init_state(p, optimizer, k), {part: shapes[part] for part in optimizer.parts}, key)
-    policy = shapes["policy"]
+    small = {role: jax.eval_shape(lambda p: frozen(p, dtype), x) for role, x in shapes.items()}
     if stage.rollout_mesh:
-        policy = placed(jax.eval_shape(lambda p: frozen(p, dtype), policy), param_shardings(models["policy"].axes(), policy, decode))
+        policy = placed(small["policy"], shapes_and_places(step.configs["policy"], decode)[1])
     else:
-        policy = placed(policy, shardings.params["policy"])
+        policy = placed(shapes["policy"], shardings.params["policy"])
     inputs = (policy, token_shapes(stage.batch_size, stage.prompt_len), jax.ShapeDtypeStruct((stage.batch_size,), jnp.int32), key)
     if step.phase == "sample":
         return phases.sample.lower(*inputs)
-    judges = judge_params(stage, {role: placed(jax.eval_shape(lambda p: frozen(p, dtype), shapes[role]),
-                                               param_shardings(model.axes(), shapes[role], mesh)) for role, model in models.items()})  # fmt: skip
+    judges = judge_params(stage, {role: placed(small[role], shapes_and_places(cfg, mesh)[1]) for role, cfg in step.configs.items()})
     offsets = {"reward": 0.0, "value": 0.0, "tests": dict.fromkeys(stage.tests, 0.0)}
     gathered = split_rows(jax.eval_shape(phases.sample, *inputs), mesh)
     scored = (state.params, judges, gathered, offsets, 0.0)
@@ -282,11 +283,6 @@ def split_rows(shapes, mesh):
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=batch_sharding(mesh)), shapes)
 
 
-def training_shardings(model, optimizer, mesh):
-    shapes = jax.eval_shape(model.init, jax.random.key(0))
-    return state_shardings(optimizer, shapes, param_shardings(model.axes(), shapes, mesh), mesh)
-
-
 def check_step(step: Step, mesh) -> None:
     """Raises ValueError on a batch that does not divide, as the loops do."""
     stage = step.stage
@@ -299,16 +295,12 @@ def holdings(step: Step, mesh, decode, dtype: str) -> tuple[dict[str, int], int]
     "cache": keys and values of sampling, a part of the temporaries. A PPO stage holds its frozen models and optimisers all along.
     """
     if isinstance(step.stage, Training):
-        model = make_model(step.configs["model"])
         optimizer = make_optimizer(step.stage.optim, step.stage.steps or 1)
-        return split_state(model.init, optimizer, training_shardings(model, optimizer, mesh)), 0
+        return split_state(optimizer, *shapes_and_places(step.configs["model"], mesh), mesh), 0
     stage, optimizer = step.stage, ppo_optimizer(step.stage)
-    models = {role: make_model(cfg) for role, cfg in step.configs.items()}
-    trained = lambda k: {part: models[part].init(k) for part in optimizer.parts}  # noqa: E731
-    shardings = ppo_shardings(optimizer, models, mesh)
-    held = split_state(trained, optimizer, shardings)
-    weights = {role: weight_bytes(model, mesh, dtype) for role, model in models.items()}
-    held["frozen models"] = sum(n for role, n in weights.items() if role not in ("policy", "value"))
+    found = {role: shapes_and_places(cfg, mesh) for role, cfg in step.configs.items()}
+    held = split_state(optimizer, *({part: found[part][i] for part in optimizer.parts} for i in (0, 1)), mesh)
+    held["frozen models"] = sum(weight_bytes(*found[role], dtype) for role in found if role not in ("policy", "value"))
     if step.phase == "update":
         return held, held["frozen models"]
     if step.phase == "score":
@@ -316,26 +308,38 @@ def holdings(step: Step, mesh, decode, dtype: str) -> tuple[dict[str, int], int]
     cfg, rows = step.configs["policy"], stage.batch_size // batch_ways(decode)
     heads = cfg.kv_heads // decode.shape["tensor"]
     width = stage.prompt_len + stage.sampling.max_new_tokens
-    held["cache"] = 2 * cfg.layers * rows * heads * width * cfg.head_dim * jnp.dtype(dtype).itemsize
+    beside = sum(held.values())
     if stage.rollout_mesh:
-        held["decode weights"] = weight_bytes(models["policy"], decode, dtype)
-        return held, held["parameters"] + held["optimiser"] + held["frozen models"]
-    own = jax.eval_shape(models["policy"].init, jax.random.key(0))
-    return held, sum(held[n] for n in ("parameters", "optimiser", "frozen models")) - bytes_per_device(own, shardings.params["policy"])
+        held["decode weights"] = weight_bytes(*shapes_and_places(cfg, decode), dtype)
+    else:  # it samples with the very parameters that it trains
+        beside -= bytes_per_device(*found["policy"])
+    return held | {"cache": 2 * cfg.layers * rows * heads * width * cfg.head_dim * jnp.dtype(dtype).itemsize}, beside
 
 
-def split_state(init, optimizer, shardings) -> dict[str, int]:
+def split_state(optimizer, shapes, places, mesh) -> dict[str, int]:
     """Bytes a device of a TrainState: parameters, and the optimiser with the step and the key."""
-    state = jax.eval_shape(lambda k: init_state(init(k), optimizer, k), jax.eval_shape(lambda: jax.random.key(0)))
-    parameters = bytes_per_device(state.params, shardings.params)
-    return {"parameters": parameters, "optimiser": bytes_per_device(state, shardings) - parameters}
+    state = jax.eval_shape(lambda p, k: init_state(p, optimizer, k), shapes, jax.eval_shape(lambda: jax.random.key(0)))
+    parameters = bytes_per_device(shapes, places)
+    return {"parameters": parameters, "optimiser": bytes_per_device(state, state_shardings(optimizer, shapes, places, mesh)) - parameters}
 
 
-def weight_bytes(model, mesh, dtype: str) -> int:
+def weight_bytes(shapes, places, dtype: str) -> int:
     """Bytes a device of a model that is not trained: matrices in the compute dtype."""
-    shapes = jax.eval_shape(model.init, jax.random.key(0))
     small = jax.tree.map(lambda x, matrix: jax.ShapeDtypeStruct(x.shape, dtype if matrix else x.dtype), shapes, decayed(shapes))
-    return bytes_per_device(small, param_shardings(model.axes(), shapes, mesh))
+    return bytes_per_device(small, places)
+
+
+def shapes_and_places(cfg: ModelConfig, mesh):
+    """(shapes, shardings) of a model's parameters."""
+    shapes, axes = parameters_of(cfg)
+    return shapes, param_shardings(axes, shapes, mesh)
+
+
+@lru_cache
+def parameters_of(cfg: ModelConfig):
+    """(shapes, logical axes): tracing a model takes longer than all else that a search does without compiling."""
+    model = make_model(cfg)
+    return jax.eval_shape(model.init, jax.random.key(0)), model.axes()
 
 
 def extent(mesh) -> dict[str, dict[int, int]]:

@@ -50,7 +50,7 @@ def test_the_state_of_52b_over_fsdp_16_and_tensor_4():
     held, beside = pods.holdings(step, abstract(1, 16, 4), abstract(1, 16, 4), "bfloat16")
     matrices, vectors = 64 * 12 * 8192**2 + 50_304 * 8192, (4 * 64 + 3) * 8192
     weights = 4 * (matrices // 64 + vectors)
-    assert held == {"parameters": weights, "optimiser": 2 * weights + 4 + 4 + 4 + 8} or held["optimiser"] - 2 * weights in range(32)
+    assert 0 < held["optimiser"] - 2 * weights < 32  # counters and the key
     assert held["parameters"] == weights and 9.0 < sum(held.values()) / GIB < 9.2 and beside == 0
 
 
@@ -133,16 +133,17 @@ def test_a_run_is_picked_by_its_size():
     assert names == ["lm.model=52B"] and len(command()[0].runs) == 7
 
 
-def test_every_slice_holds_its_mesh_and_divides_its_batches():
-    for chip, slices in importlib.import_module("pods").SLICES.items():
-        for size, (shape, *_) in slices.items():
-            devices = parse_topology(f"{chip}:{shape}").devices
-            for stage in ("lm", "pm", "ppo"):
-                for step in steps(size, stage, chip):
-                    mesh = abstract(*pods.mesh_sizes(step.stage.mesh, devices))
-                    pods.check_step(step, mesh)
-                    decode = abstract(*pods.mesh_sizes(getattr(step.stage, "rollout_mesh", None) or step.stage.mesh, devices))
-                    assert sum(pods.holdings(step, mesh, decode, "bfloat16")[0].values()) < parse_topology(f"{chip}:{shape}").chip.memory
+@pytest.mark.parametrize("chip", ["v5p", "v5e", "v6e"])
+def test_every_slice_holds_its_models_and_divides_its_batches(chip):
+    runs = command("--chip", chip)[0].runs
+    slices = importlib.import_module("pods").SLICES[chip]
+    for run, (shape, *_) in zip(runs, slices.values(), strict=True):
+        topology = parse_topology(f"{chip}:{shape}")
+        for step in pods.steps_of(run):
+            mesh, decode = (abstract(*pods.mesh_sizes(m or step.stage.mesh, topology.devices))
+                            for m in (step.stage.mesh, getattr(step.stage, "rollout_mesh", None)))  # fmt: skip
+            pods.check_step(step, mesh)
+            assert sum(pods.holdings(step, mesh, decode, "bfloat16")[0].values()) < topology.chip.memory
 
 
 # By the compiler ------------------------------------------------------------------------------------------------------
