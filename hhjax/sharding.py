@@ -44,6 +44,8 @@ def make_mesh(cfg: MeshConfig = MeshConfig(), devices=None) -> Mesh:
         return jax.make_mesh(sizes, AXES, axis_types=types, devices=devices)
     except NotImplementedError:  # no whole dimensions
         return Mesh(mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True), AXES, axis_types=types)
+    except AssertionError:  # v4 with two devices a chip, which jax lays out in no way of its own: by their numbers
+        return Mesh(np.array(devices).reshape(sizes), AXES, axis_types=types)
 
 
 def mesh_sizes(cfg: MeshConfig, devices: int) -> tuple[int, ...]:
