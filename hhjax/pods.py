@@ -49,6 +49,8 @@ class PlanFlags:
     """Try meshes, remat policies and batch sizes, and rank those that fit by predicted time a row."""
     tries: int = 24
     """The most candidates that a search compiles for each stage."""
+    patience_s: float = 120.0
+    """Seconds after which a candidate of a search is given up."""
     json: Path | None = None
     """Write all numbers to this file too."""
 
@@ -110,6 +112,7 @@ def run(command: Command, flags: PlanFlags) -> int:
     if not flags.topology:
         raise ConfigError("hhjax plan needs --topology, such as v5p:4x4x4, v5p-128, v6e:16x16 or h200:8")
     topology = parse_topology(flags.topology)
+    jax.config.update("jax_platforms", "cpu")  # where libtpu is installed jax would look for a TPU, and complain
     if topology.chip.axes:
         require_libtpu()
     else:
@@ -121,7 +124,7 @@ def run(command: Command, flags: PlanFlags) -> int:
     estimates = []
     for step in steps:
         if flags.search and topology.chip.axes:
-            found = search(step, topology, flags.tries)
+            found = search(step, topology, flags.tries, flags.patience_s)
             print("\n".join(ranking(found, topology)), flush=True)
             estimates += [e for _, e in found[:1]]
         else:
@@ -156,12 +159,12 @@ def steps_of(run: Run, only: str | None = None) -> Iterator[Step]:
 # One step function ----------------------------------------------------------------------------------------------------
 
 
-def estimate(step: Step, topology: Topology) -> Estimate:
-    """Compiled for TPUs, by formula for GPUs. Raises ConfigError on a mesh or batch that the run would refuse."""
+def estimate(step: Step, topology: Topology, limit_s: float = 1800.0) -> Estimate:
+    """Compiled for TPUs, in limit_s at most; by formula for GPUs. Raises ConfigError on a mesh or batch that the run would refuse."""
     positions, work = work_of(step)
     if not topology.chip.axes:
         return formula(step, topology, positions, work)
-    found = compile_for_tpu(lower, step, topology.name)
+    found = compile_for_tpu(lower, step, topology.name, limit_s=limit_s)
     return read(step, topology, found, positions, work)
 
 
@@ -355,11 +358,11 @@ def extent(mesh) -> dict[str, dict[int, int]]:
 # Search ---------------------------------------------------------------------------------------------------------------
 
 
-def search(step: Step, topology: Topology, most: int) -> list[tuple[Step, Estimate]]:
-    """Candidates that were compiled, those that fit first, each by its predicted seconds a row."""
+def search(step: Step, topology: Topology, most: int, limit_s: float) -> list[tuple[Step, Estimate]]:
+    """Candidates that were compiled, those that fit first, each by its predicted seconds a row; each has limit_s to compile."""
     found = []
     for candidate in list(candidates(step, topology))[:most]:
-        done = estimate(candidate, topology)
+        done = estimate(candidate, topology, limit_s)
         found.append((candidate, done))
         print("\n".join(ranking([(candidate, done)], topology, False)), flush=True)
     return sorted(found, key=lambda pair: (not pair[1].fits, pair[1].predicted / pair[0].stage.batch_size))
@@ -474,7 +477,7 @@ def ranking(found: Sequence[tuple[Step, Estimate]], topology: Topology, best: bo
     for step, e in found:
         mesh = "x".join(str(n) for n in e.mesh.values())
         said = f"{e.predicted:.3g} s, {1e3 * e.predicted / step.stage.batch_size:.3g} ms a row, MFU {mfu(e, topology):.2f}, {e.bound}" if e.seconds else ""
-        memory = f"{e.used / GIB:.1f} GiB" if not e.failure else "more than there is"
+        memory = f"{e.used / GIB:.1f} GiB" if not e.failure else e.failure
         yield f"  mesh {mesh:<10} remat {step.stage.run.remat:<5} batch {step.stage.batch_size:<5} {'fits' if e.fits else 'NO  '} {memory:<10} {said}"
 
 
