@@ -376,14 +376,14 @@ def candidates(step: Step, topology: Topology) -> Iterator[Step]:
     powers = [2**i for i in range(topology.devices.bit_length())]
     meshes = [MeshConfig(topology.devices // (f * t), f, t) for t, f in product(powers, powers) if f * t <= topology.devices]
     for times, mesh, remat in product((1, 2, 4), meshes, ("full", "dots", "none")):
-        divides = cfg.width % mesh.fsdp == 0 and cfg.kv_heads % mesh.tensor == 0 and topology.devices == mesh.data * mesh.fsdp * mesh.tensor
+        divides = topology.devices == mesh.data * mesh.fsdp * mesh.tensor and cfg.width % mesh.fsdp == cfg.kv_heads % mesh.tensor == 0
         parts = getattr(stage, "minibatches", 1) * stage.micro_batches * mesh.data * mesh.fsdp
         if not divides or stage.batch_size * times % parts or mesh.tensor > 16:
             continue
         tried = replace(stage, mesh=mesh, batch_size=stage.batch_size * times, run=replace(stage.run, remat=remat))
         abstract = AbstractMesh((mesh.data, mesh.fsdp, mesh.tensor), AXES)
-        candidate = step._replace(stage=tried)
-        if tried != stage and sum(holdings(candidate, abstract, abstract, "bfloat16")[0].values()) < topology.chip.memory / topology.chip.devices:
+        candidate, capacity = step._replace(stage=tried), topology.chip.memory / topology.chip.devices
+        if tried != stage and sum(holdings(candidate, abstract, abstract, "bfloat16")[0].values()) < capacity:
             yield candidate
 
 
@@ -392,8 +392,8 @@ def candidates(step: Step, topology: Topology) -> Iterator[Step]:
 
 def heading(topology: Topology) -> str:
     chip = topology.chip
-    shared = f", {chip.devices} devices a chip: {topology.devices} devices of {chip.memory / chip.devices / GIB:.2f} GiB" if chip.devices > 1 else ""
-    return (f"{topology.name}: {topology.chips} chips{shared}; a chip: {chip.flops / 1e12:.0f} TFLOP/s bf16, {chip.memory / GIB:.2f} GiB "
+    split = f", {chip.devices} devices a chip: {topology.devices} devices of {chip.memory / chip.devices / GIB:.2f} GiB"
+    return (f"{topology.name}: {topology.chips} chips{split if chip.devices > 1 else ''}; a chip: {chip.flops / 1e12:.0f} TFLOP/s bf16, {chip.memory / GIB:.2f} GiB "
             f"at {chip.bandwidth / 1e9:.0f} GB/s, links of {chip.link / 1e9:.0f} GB/s each way")  # fmt: skip
 
 
@@ -407,7 +407,8 @@ def report(e: Estimate, topology: Topology) -> Iterator[str]:
         yield f"  does not fit: {e.failure}"
     else:
         both = f" a device, {gib(per * e.used)} of {gib(per * e.capacity)} a chip" if per > 1 else " a chip"
-        yield f"  {'fits      ' if e.fits else 'DOES NOT FIT'} {gib(e.used)} of {gib(e.capacity)}{both}: {gib(abs(spare))} {'to spare' if spare >= 0 else 'too much'}"
+        yield (f"  {'fits      ' if e.fits else 'DOES NOT FIT'} {gib(e.used)} of {gib(e.capacity)}{both}: "
+               f"{gib(abs(spare))} {'to spare' if spare >= 0 else 'too much'}")  # fmt: skip
     compiled = f", {e.compiled:.3g} as compiled (loops as often as they run)" if e.compiled else ""
     yield f"  FLOPs      {e.work:.3g} by formula{compiled}"
     if e.hbm_bytes:
@@ -476,9 +477,9 @@ def ranking(found: Sequence[tuple[Step, Estimate]], topology: Topology, best: bo
         yield f"\n{found[0][0].run}: {found[0][0].stage.name} {found[0][0].phase}, {len(found)} candidates, the fastest a row first"
     for step, e in found:
         mesh = "x".join(str(n) for n in e.mesh.values())
-        said = f"{e.predicted:.3g} s, {1e3 * e.predicted / step.stage.batch_size:.3g} ms a row, MFU {mfu(e, topology):.2f}, {e.bound}" if e.seconds else ""
-        memory = f"{e.used / GIB:.1f} GiB" if not e.failure else e.failure
-        yield f"  mesh {mesh:<10} remat {step.stage.run.remat:<5} batch {step.stage.batch_size:<5} {'fits' if e.fits else 'NO  '} {memory:<10} {said}"
+        rows, memory = step.stage.batch_size, e.failure or f"{e.used / GIB:.1f} GiB"
+        said = f"{e.predicted:.3g} s, {1e3 * e.predicted / rows:.3g} ms a row, MFU {mfu(e, topology):.2f}, {e.bound}" if e.seconds else ""
+        yield f"  mesh {mesh:<10} remat {step.stage.run.remat:<5} batch {rows:<5} {'fits' if e.fits else 'NO  '} {memory:<10} {said}".rstrip()
 
 
 def as_json(e: Estimate) -> dict:

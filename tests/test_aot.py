@@ -1,5 +1,7 @@
 """Compiling for TPUs that are not there."""
 
+import importlib.util
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -9,7 +11,7 @@ from hhjax import aot
 from hhjax.fields import ConfigError
 from hhjax.sharding import MeshConfig, make_mesh
 
-needs_libtpu = pytest.mark.skipif(not aot.importlib.util.find_spec("libtpu"), reason="libtpu is not installed: pip install 'hhjax[plan]'")
+needs_libtpu = pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="libtpu is not installed: pip install 'hhjax[plan]'")
 
 
 def test_buffers_in_hbm_are_added_up():
@@ -26,7 +28,7 @@ allocation 6: size 2048, page 0, preallocated-temp:
 
 
 def test_without_libtpu_the_remedy_is_told(monkeypatch):
-    monkeypatch.setattr(aot.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"pip install 'hhjax\[plan\]'"):
         aot.compile_for_tpu(resharded)
 

@@ -1,6 +1,7 @@
 """Programs read from their text: products, bytes and exchanges, as often as loops run them."""
 
 import math
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -76,50 +77,7 @@ def test_groups_are_read_in_every_way_that_they_are_written(attributes, group, a
     assert group_axes(attributes, MESH) == (axes, len(group))
 
 
-TPU = """HloModule m, is_scheduled=true
-
-%scattered.all-reduce-scatter.1 (p: bf16[8,64]) -> bf16[8,16] {
-  %p = bf16[8,64]{1,0:T(8,128)(2,1)} parameter(0)
-  %all-reduce.1 = bf16[8,64]{1,0:T(8,128)(2,1)} all-reduce(%p), channel_id=1, replica_groups=[2,4]<=[4,2]T(1,0), to_apply=%add
-  %zero = s32[]{:T(128)} constant(0)
-  ROOT %slice.1 = bf16[8,16]{1,0:T(8,128)(2,1)} dynamic-slice(%all-reduce.1, %zero, %zero), dynamic_slice_sizes={8,16}
-}
-
-%fused (stack: bf16[64,8,16], i: s32[]) -> bf16[8,16] {
-  %stack = bf16[64,8,16]{2,1,0:T(8,128)(2,1)} parameter(0)
-  %i = s32[]{:T(128)} parameter(1)
-  %zero.1 = s32[]{:T(128)} constant(0)
-  %one = bf16[1,8,16]{2,1,0:T(8,128)(2,1)} dynamic-slice(%stack, %i, %zero.1, %zero.1), dynamic_slice_sizes={1,8,16}
-  ROOT %flat = bf16[8,16]{1,0:T(8,128)(2,1)} bitcast(%one)
-}
-
-%condition (c: (s32[], bf16[64,8,16])) -> pred[] {
-  %c = (s32[]{:T(128)}, bf16[64,8,16]{2,1,0:T(8,128)(2,1)}) parameter(0)
-  %n = s32[]{:T(128)} constant(64)
-  %at = s32[]{:T(128)} get-tuple-element(%c), index=0
-  ROOT %lt = pred[]{:T(512)} compare(%at, %n), direction=LT
-}
-
-%body (b: (s32[], bf16[64,8,16])) -> (s32[], bf16[64,8,16]) {
-  %b = (s32[]{:T(128)}, bf16[64,8,16]{2,1,0:T(8,128)(2,1)}) parameter(0)
-  %at.1 = s32[]{:T(128)S(6)} get-tuple-element(%b), index=0
-  %stack.1 = bf16[64,8,16]{2,1,0:T(8,128)(2,1)} get-tuple-element(%b), index=1
-  %picked = bf16[8,16]{1,0:T(8,128)(2,1)S(1)} fusion(%stack.1, %at.1), kind=kLoop, calls=%fused
-  %wide = bf16[8,64]{1,0:T(8,128)(2,1)} broadcast(%picked), dimensions={}
-  %fusion.9 = bf16[8,16]{1,0:T(8,128)(2,1)} fusion(%wide), kind=kCustom, calls=%scattered.all-reduce-scatter.1
-  ROOT %next = (s32[]{:T(128)}, bf16[64,8,16]{2,1,0:T(8,128)(2,1)}) tuple(%at.1, %stack.1)
-}
-
-ENTRY %main (start: s32[], all: bf16[64,8,16], q: bf16[2,16,1024,128], k: bf16[2,16,1024,128]) -> (s32[], bf16[64,8,16]) {
-  %start = s32[]{:T(128)} parameter(0)
-  %all = bf16[64,8,16]{2,1,0:T(8,128)(2,1)} parameter(1)
-  %q = bf16[2,16,1024,128]{3,2,1,0:T(8,128)(2,1)} parameter(2)
-  %k = bf16[2,16,1024,128]{3,2,1,0:T(8,128)(2,1)} parameter(3)
-  %qk = f32[2,16,1024,1024]{3,2,1,0:T(8,128)} convolution(%q, %k), window={size=2x16 stride=1x15 lhs_dilate=2x16}, dim_labels=01bf_01oi->01bf
-  %both = (s32[]{:T(128)}, bf16[64,8,16]{2,1,0:T(8,128)(2,1)}) tuple(%start, %all)
-  ROOT %loop = (s32[]{:T(128)}, bf16[64,8,16]{2,1,0:T(8,128)(2,1)}) while(%both), condition=%condition, body=%body
-}
-"""
+TPU = (Path(__file__).parent / "golden" / "tpu_step.hlo").read_text()  # in the manner of libtpu, cut to the shapes that matter
 
 
 def test_a_tpu_program_in_numbers():

@@ -1,7 +1,9 @@
 """`hhjax plan`: what is counted by hand, and what the compiler says of the paper's sizes on pods."""
 
+import importlib.util
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -9,7 +11,7 @@ import pytest
 from jax.sharding import AbstractMesh
 
 from hhjax import pods
-from hhjax.aot import Compiled, compile_for_tpu, importlib
+from hhjax.aot import Compiled, compile_for_tpu
 from hhjax.chips import GIB, Topology, parse_topology
 from hhjax.experiment import edit
 from hhjax.fields import ConfigError
@@ -18,9 +20,9 @@ from hhjax.hlo import Collective, Program, full_gathers
 from hhjax.model.sizes import model_config
 from hhjax.model.transformer import make_model
 from hhjax.sharding import AXES, MeshConfig
-from tests.test_hlo import TPU
 
 POD = Path(__file__).resolve().parent.parent / "experiments" / "pods.py"
+TPU = (Path(__file__).parent / "golden" / "tpu_step.hlo").read_text()
 needs_libtpu = pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="libtpu is not installed: pip install 'hhjax[plan]'")
 
 
@@ -189,14 +191,10 @@ def test_nothing_is_replicated_or_resharded_by_accident(size, topology, stage):
 def test_decoding_gathers_no_weights():
     """They are resharded once an iteration: inside the loop over tokens only activations travel."""
     sample = steps("197M", "ppo")[0]
-    sample = sample._replace(stage=edit_mesh(sample.stage, MeshConfig(-1, 1, 2)))
+    sample = sample._replace(stage=replace(sample.stage, rollout_mesh=MeshConfig(-1, 1, 2)))
     compiled = compile_for_tpu(pods.lower, sample, "v5p:2x2x1")
     found = pods.read(sample, parse_topology("v5p:2x2x1"), compiled, *pods.work_of(sample))
     assert not compiled.failure and compiled.warnings == () and found.mesh == {"data": 2, "fsdp": 1, "tensor": 2}
     smallest = 2 * 1280 * 1280 // 2  # the least of a block's matrices, in bf16, on one device
     assert not [c for c in found.collectives if c.kind == "all-gather" and c.looped and c.bytes >= smallest]
     assert found.compiled == pytest.approx(found.work, rel=0.05)
-
-
-def edit_mesh(stage, mesh: MeshConfig):
-    return pods.replace(stage, rollout_mesh=mesh)
