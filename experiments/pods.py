@@ -33,16 +33,17 @@ BASE = Experiment("pods", (
         optim=OptimConfig(lr=1e-6), value_optim=OptimConfig(lr=1e-6))))  # fmt: skip
 
 # Chip -> size -> (slice, fsdp, tensor, tensor while sampling, parts of an LM's batch, of PPO's). The data axis takes the rest. The
-# smallest slices that fit, and no more ways than the PM's 32 pairs.
+# smallest slices of a usual shape that fit, and no more ways than the PM's 32 pairs. From 2.7B on there is a tensor axis: where fsdp is
+# alone the compiler sums gradients whole instead of scattering them.
 SLICES = {
     "v5p": {"13M": ("2x2x1", 1, 1, 1, 8, 1), "42M": ("2x2x1", 1, 1, 1, 8, 1), "197M": ("2x2x1", 4, 1, 1, 16, 4),
-            "810M": ("2x2x2", 8, 1, 1, 16, 4), "2.7B": ("2x2x4", 16, 1, 1, 16, 4), "13B": ("2x4x4", 16, 2, 2, 16, 4),
+            "810M": ("2x2x2", 8, 1, 1, 16, 4), "2.7B": ("2x2x4", 4, 4, 1, 16, 4), "13B": ("2x4x4", 16, 2, 2, 16, 4),
             "52B": ("4x4x4", 16, 4, 4, 16, 2)},
     "v5e": {"13M": ("2x2", 1, 1, 1, 32, 8), "42M": ("2x2", 1, 1, 1, 64, 8), "197M": ("2x4", 8, 1, 1, 64, 8),
-            "810M": ("4x4", 16, 1, 1, 64, 8), "2.7B": ("4x8", 32, 1, 2, 32, 8), "13B": ("8x16", 16, 8, 8, 32, 8),
+            "810M": ("4x4", 16, 1, 1, 64, 8), "2.7B": ("4x8", 8, 4, 4, 32, 8), "13B": ("8x16", 16, 8, 8, 32, 8),
             "52B": ("16x16", 16, 16, 16, 32, 8)},
     "v6e": {"13M": ("2x2", 1, 1, 1, 16, 4), "42M": ("2x2", 1, 1, 1, 32, 4), "197M": ("2x2", 4, 1, 1, 64, 8),
-            "810M": ("2x4", 8, 1, 1, 64, 8), "2.7B": ("4x4", 16, 1, 1, 32, 8), "13B": ("8x8", 8, 8, 8, 16, 4),
+            "810M": ("2x4", 8, 1, 1, 64, 8), "2.7B": ("4x4", 4, 4, 1, 32, 8), "13B": ("8x8", 8, 8, 8, 16, 4),
             "52B": ("16x16", 16, 16, 16, 16, 4)},
 }  # fmt: skip
 
