@@ -51,6 +51,8 @@ def main() -> None:
     versions = next(iter(found.values()))
     parts = [HEAD.format(libtpu=versions["libtpu"], jax=versions["jax"], attainable=shares(versions["attainable"]))]
     parts += [section(chip, {s: plan for (c, s), plan in found.items() if c == chip}) for chip in options.chips.split(",")]
+    missing = [f"{size} on {chip}" for size in options.sizes.split(",") for chip in options.chips.split(",") if (chip, size) not in found]
+    parts += [f"Not planned yet: {', '.join(missing)}.\n"] if missing else []
     options.out.write_text("\n".join(parts))
     print(f"{len(found)} plans in {options.out}")
 
@@ -62,7 +64,7 @@ def plan(chip: str, size: str, path: Path) -> None:
 
     topology = f"{chip}:{SLICES[chip][size][0]}"
     argv = ["plan", EXPERIMENT, "--chip", chip, "--topology", topology, "--only", size, "--json", path]
-    done = subprocess.run([sys.executable, "-m", "hhjax.cli", *map(str, argv)], text=True)
+    done = subprocess.run([sys.executable, "-m", "hhjax.cli", *map(str, argv)])
     print(f"{chip} {size} on {topology}: exit {done.returncode}", flush=True)
 
 
@@ -72,8 +74,8 @@ def shares(attainable: dict) -> str:
 
 def section(chip: str, plans: dict) -> str:
     """A chip's table."""
-    lines = [f"## {chip}", "", "| size | slice | stage | mesh | GiB | fits | bound | s | tokens/s | MFU | days | chip-hours | planned in s |",
-             "| --- " * 13 + "|"]  # fmt: skip
+    columns = "size, slice (chips), stage, mesh, GiB, fits, bound, s, tokens/s, MFU, days, chip-hours, planned in s".split(", ")
+    lines = [f"## {chip}", "", f"| {' | '.join(columns)} |", "| --- " * len(columns) + "|"]
     for size, found in plans.items():
         for row in found["rows"]:
             lines.append(table_row(size, found, row))
