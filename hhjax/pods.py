@@ -122,11 +122,12 @@ def run(command: Command, flags: PlanFlags) -> int:
     if not steps:
         raise ConfigError("nothing to plan: no LM, PM or PPO stage in the chosen runs")
     estimates = []
-    for step in steps:
+    for i, step in enumerate(steps):
         if flags.search and topology.chip.axes:
             found = search(step, topology, flags.tries, flags.patience_s)
             print("\n".join(ranking(found, topology)), flush=True)
-            estimates += [e for _, e in found[:1]]
+            steps[i] = found[0][0]
+            estimates.append(found[0][1])
         else:
             estimates.append(estimate(step, topology))
             print("\n".join(report(estimates[-1], topology)), flush=True)
