@@ -1,4 +1,4 @@
-"""The `hhjax` command: run, sweep, ls, show, chat, check-data, tokenizer train, bench."""
+"""The `hhjax` command: run, sweep, plan, ls, show, chat, check-data, tokenizer train, bench."""
 
 import json
 import logging
@@ -20,6 +20,7 @@ USAGE = """usage: hhjax COMMAND
 
   run FILE [flags]      train what an experiment file defines; `hhjax run FILE --help` lists its flags
   sweep FILE --jobs N   the same, stages side by side in N processes
+  plan FILE --topology T  memory, time and cost on a pod that is not there, such as v5p:4x4x4
   ls [OUT]              list the run directories
   show RUN [--samples]  a run's config and metrics, and rows of its data as text; PPO's replies beside the first ones
   chat RUN              talk to a trained model
@@ -65,6 +66,13 @@ def sweep(argv: Sequence[str]) -> int:
     from hhjax import sweep
 
     return sweep.run(argv)
+
+
+def plan(argv: Sequence[str]) -> int:
+    from hhjax import pods
+    from hhjax.flags import parse
+
+    return pods.run(*parse(argv, "hhjax plan", pods.PlanFlags))
 
 
 @dataclass(frozen=True)
@@ -193,6 +201,7 @@ def bench(argv: Sequence[str]) -> int:
 COMMANDS = {
     "run": run,
     "sweep": sweep,
+    "plan": plan,
     "ls": ls,
     "show": show,
     "chat": chat,

@@ -111,8 +111,9 @@ def modules_beside(path: Path) -> list[Path]:
 
 
 def select(runs: tuple[Run, ...], pattern: str) -> tuple[Run, ...]:
-    """The runs whose name, or EXPERIMENT:name, matches. Raises ConfigError where none does."""
-    chosen = tuple(r for r in runs if any(fnmatch.fnmatchcase(n, pattern) for n in (r.name, r.full_name)))
+    """The runs whose name, or EXPERIMENT:name, or value along an axis (such as 52B) matches. Raises ConfigError where none does."""
+    names = lambda r: (r.name, r.full_name, *(label for _, label in r.axes))  # noqa: E731
+    chosen = tuple(r for r in runs if any(fnmatch.fnmatchcase(n, pattern) for n in names(r)))
     if not chosen:
         raise ConfigError(f"--only {pattern!r} matches no run{nearest(pattern, [r.full_name for r in runs])}")
     return chosen

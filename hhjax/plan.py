@@ -1,6 +1,6 @@
 """--dry-run: what a run would do, without allocating it: shapes, parameters, shardings, tokens, FLOPs, memory."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import jax
@@ -9,7 +9,7 @@ import numpy as np
 
 from hhjax import roofline
 from hhjax.data.tokenizer import load_tokenizer
-from hhjax.experiment import DEFAULT_SIZE, PM, PPO, Placed, Run, Tokenizer, Training, place, split_step
+from hhjax.experiment import DEFAULT_SIZE, PM, PPO, Run, Stage, Tokenizer, Training, place, split_step
 from hhjax.io.models import open_model
 from hhjax.loops.rlhf import iteration_flops, ppo_optimizer, ppo_shardings, roles
 from hhjax.model.sizes import matmul_params, model_config
@@ -25,15 +25,17 @@ def describe(run: Run, out: Path, data_dir: Path | None = None) -> str:
 
     Raises ConfigError and ValueError as the run itself would: a mesh that does not fit, a batch that does not divide.
     """
-    placed = {p.stage.name: p for p in place(run, out, data_dir)}
+    placed = place(run, out, data_dir)
+    folders = {ref: folder for p in placed for ref, folder in p.parents.items()}
+    find = architectures({p.stage.name: p.stage for p in placed}, folders.__getitem__)
     lines = [f"run {run.name}"]
-    for p in placed.values():
+    for p in placed:
         done = "done" if (p.dir / "DONE").is_file() else "to do"
         lines.append(f"\n{p.stage.name} ({p.stage.kind}, {done})  {p.dir}")
         if isinstance(p.stage, Training):
-            lines += [f"  {line}" for line in describe_training(p.stage, architecture(p, placed))]
+            lines += [f"  {line}" for line in describe_training(p.stage, find(p.stage.name))]
         if isinstance(p.stage, PPO):
-            lines += [f"  {line}" for line in describe_ppo(p.stage, {r: architecture_of(ref, p, placed) for r, ref in roles(p.stage).items()})]
+            lines += [f"  {line}" for line in describe_ppo(p.stage, {r: find(ref) for r, ref in roles(p.stage).items()})]
     return "\n".join(lines)
 
 
@@ -53,25 +55,36 @@ def describe_training(stage: Training, cfg: ModelConfig) -> Iterator[str]:
     for (path, leaf), sharding in zip(jax.tree_util.tree_leaves_with_path(shapes), jax.tree.leaves(shardings.params)):
         name = "/".join(str(k.key) for k in path)
         yield f"  {name:<24}{str(leaf.shape):<24}{str(leaf.dtype):<10}{sharding.spec}"
-    rows = stage.batch_size * (2 if isinstance(stage, PM) else 1)
-    lm_coef = getattr(stage.loss, "lm_coef", 0.0)
-    flops = (
-        roofline.pm_step_flops(cfg, rows, stage.seq_len, lm_coef)
-        if isinstance(stage, PM)
-        else roofline.lm_step_flops(cfg, rows, stage.seq_len)
-    )
+    rows, flops = update_work(stage, cfg)
     what = f"{stage.batch_size} pairs" if isinstance(stage, PM) else f"{rows} rows"
     yield f"batch     {what} of at most {stage.seq_len} tokens: {rows * stage.seq_len:,} positions, {batch_ways(mesh)} ways"
     length = f"{stage.steps:,} updates" if stage.steps else f"{stage.epochs:g} epochs"
     yield f"length    {length}; {flops:.3g} FLOPs an update" + (f", {flops * stage.steps:.3g} in all" if stage.steps else "")
     yield f"state     {bytes_per_device(state, shardings) / 2**20:,.1f} MiB a device (f32 weights and two moments)"
-    batch = jax.ShapeDtypeStruct((stage.batch_size, stage.seq_len), jnp.int32)
-    count = jax.ShapeDtypeStruct((stage.batch_size,), jnp.int32)
-    tokens = Tokens(batch, count, count)
-    example = Pairs(tokens, tokens, jax.ShapeDtypeStruct(count.shape, jnp.float32)) if isinstance(stage, PM) else tokens
-    step = make_train_step(stage.objective(model, stage.loss), optimizer, stage.micro_batches)
-    memory = shard_step(step, shardings, mesh).lower(state, example).compile().memory_analysis()
+    memory = lower_update(stage, model, optimizer, shardings, mesh).compile().memory_analysis()
     yield f"compiled  {memory.temp_size_in_bytes / 2**20:,.1f} MiB of temporaries a device, besides the state"
+
+
+def update_work(stage: Training, cfg: ModelConfig) -> tuple[int, float]:
+    """Rows and model FLOPs of an update at full width; a pair is two rows."""
+    if not isinstance(stage, PM):
+        return stage.batch_size, roofline.lm_step_flops(cfg, stage.batch_size, stage.seq_len)
+    rows = 2 * stage.batch_size
+    return rows, roofline.pm_step_flops(cfg, rows, stage.seq_len, getattr(stage.loss, "lm_coef", 0.0))
+
+
+def lower_update(stage: Training, model, optimizer, shardings, mesh):
+    """The stage's update at its widest batch, as `loops/supervised.py` jits it, traced and lowered for the mesh's devices."""
+    state = jax.eval_shape(lambda k: init_state(model.init(k), optimizer, k), jax.random.key(0))
+    tokens = token_shapes(stage.batch_size, stage.seq_len)
+    batch = Pairs(tokens, tokens, jax.ShapeDtypeStruct((stage.batch_size,), jnp.float32)) if isinstance(stage, PM) else tokens
+    step = make_train_step(stage.objective(model, stage.loss), optimizer, stage.micro_batches)
+    return shard_step(step, shardings, mesh).lower(state, batch)
+
+
+def token_shapes(rows: int, width: int) -> Tokens:
+    count = jax.ShapeDtypeStruct((rows,), jnp.int32)
+    return Tokens(jax.ShapeDtypeStruct((rows, width), jnp.int32), count, count)
 
 
 def describe_ppo(stage: PPO, configs: dict[str, ModelConfig]) -> Iterator[str]:
@@ -109,24 +122,24 @@ def _item_bytes(dtype) -> int:
     return 8 if jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key) else np.dtype(dtype).itemsize
 
 
-def architecture(placed: Placed, run: dict[str, Placed]) -> ModelConfig:
-    """The model a training stage would build, from its parents in this run or on disk."""
-    stage = placed.stage
-    if not stage.init:
-        return model_config(stage.model or DEFAULT_SIZE, vocabulary(stage.tokenizer, placed, run))
-    return architecture_of(stage.init, placed, run, stage.tokenizer)
+def architectures(stages: Mapping[str, Stage], folder: Callable) -> Callable[[str], ModelConfig]:
+    """find(reference) -> the architecture of the model behind it. stages: of the run, by name. folder: reference -> where a
+    reference that is no stage lies; raises what that and reading it raise."""
 
+    def find(ref: str, tokenizer: str | None = None) -> ModelConfig:
+        name, step = split_step(ref)
+        if name not in stages:
+            return open_model(folder(ref), step, vocabulary(tokenizer or ref)).config
+        stage = stages[name]
+        if isinstance(stage, PPO):
+            return find(stage.policy)
+        if stage.init:
+            return find(stage.init, stage.tokenizer)
+        return model_config(stage.model or DEFAULT_SIZE, vocabulary(stage.tokenizer))
 
-def architecture_of(ref: str, placed: Placed, run: dict[str, Placed], tokenizer: str | None = None) -> ModelConfig:
-    """The model behind a reference of a stage: of an earlier stage, or on disk."""
-    name, step = split_step(ref)
-    if name in run:
-        stage = run[name].stage
-        return architecture_of(stage.policy, run[name], run) if isinstance(stage, PPO) else architecture(run[name], run)
-    return open_model(placed.parents[ref], step, vocabulary(tokenizer or ref, placed, run)).config
+    def vocabulary(ref: str) -> int:
+        """The rows that a tokenizer needs: as its stage says, or as the folder holds it."""
+        stage = stages.get(split_step(ref)[0])
+        return stage.vocab if isinstance(stage, Tokenizer) else load_tokenizer(folder(ref)).vocab_size
 
-
-def vocabulary(ref: str, placed: Placed, run: dict[str, Placed]) -> int:
-    """The rows that a tokenizer needs: as its stage says, or as the folder holds it."""
-    stage = run[ref].stage if ref in run else None
-    return stage.vocab if isinstance(stage, Tokenizer) else load_tokenizer(placed.parents[ref]).vocab_size
+    return find

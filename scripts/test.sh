@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # From nothing but Python 3.11 or 3.12: installs, then runs the tests that are not slow.
 #   --all     the slow ones too
+#   --plan    installs libtpu as well, and compiles for TPUs that are not there (the largest with --all)
 #   --oracle  installs torch and transformers as well, and compares with them
 # Other arguments go to pytest.
 set -euo pipefail
@@ -10,6 +11,7 @@ rest=()
 for argument in "$@"; do
     case "$argument" in
         --all) marks=${marks/not slow and /} ;;
+        --plan) "$PY" -c 'import libtpu' 2>/dev/null || "$PY" -m pip install --quiet --disable-pip-version-check --editable '.[plan]' ;;
         --oracle)
             marks=${marks/not oracle/(oracle or not oracle)}
             "$PY" -c 'import torch, transformers' 2>/dev/null || "$PY" -m pip install --quiet --disable-pip-version-check --editable '.[oracle]'

@@ -63,7 +63,7 @@ def test_a_whole_experiment_that_has_not_begun(tiny_data, tmp_path):
 def test_a_model_from_a_hugging_face_folder(hugging_face_folder, tiny_data, tmp_path):
     stage = PM("pm", init=str(hugging_face_folder), data=PAIRS, seq_len=32, batch_size=8, steps=1)
     (placed,) = plan.place(Run(Experiment("e", (stage,))), tmp_path, tiny_data)
-    assert plan.architecture(placed, {"pm": placed}).vocab == 128
+    assert plan.architectures({"pm": stage}, placed.parents.__getitem__)("pm").vocab == 128
 
 
 def test_what_the_run_would_refuse_is_refused():

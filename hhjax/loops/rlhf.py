@@ -98,8 +98,8 @@ def run(stage: PPO, ctx: StageContext) -> None:
         describe_folder(ctx, found["policy"], prompts, held_out)
     state, shardings, position = starting_state(stage, ctx, found, mesh)
     models = {name: loaded.model for name, loaded in found.items()}
-    params = {"reference": frozen(found["kl_to"], stage.run), "reward": frozen(found["reward"], stage.run),
-              "tests": {ref: frozen(found[f"tests.{ref}"], stage.run) for ref in stage.tests}}  # fmt: skip
+    dtype = compute_dtype(stage.run, mesh)
+    params = judge_params(stage, {name: frozen(found[name].params, dtype) for name in found if name not in ("policy", "value")})
     del found
     setup = Setup(stage, ctx, mesh, rollout_mesh, models, params, tok, prompts, held_out)
     phases = make_phases(stage, models, tok.vocabulary, mesh, rollout_mesh, shardings)
@@ -260,6 +260,11 @@ def roles(stage: PPO) -> dict[str, str]:
     return {"policy": stage.policy, "kl_to": stage.kl_to or stage.policy, "reward": stage.reward} | value | tests
 
 
+def judge_params(stage: PPO, params: dict) -> dict:
+    """What `make_score` calls frozen, from parameters (or shapes, or shardings) by role."""
+    return {"reference": params["kl_to"], "reward": params["reward"], "tests": {ref: params[f"tests.{ref}"] for ref in stage.tests}}
+
+
 def starting_state(stage: PPO, ctx: StageContext, found: dict[str, Loaded], mesh):
     """The newest good state with its shardings and position, or the parents' parameters and fresh optimisers."""
     optimizer = ppo_optimizer(stage)
@@ -293,7 +298,8 @@ def make_phases(stage: PPO, models: dict, vocab: Vocabulary, mesh, rollout_mesh,
     actor = make_actor(policy, models.get("value"), vocab, width, heat)
     judges = Judges(models["kl_to"], models["reward"], {ref: models[f"tests.{ref}"] for ref in stage.tests})
     recompute = stage.rollout.recompute
-    recompute = compute_dtype(stage.run) != "float32" if recompute is None else recompute
+    dtype = compute_dtype(stage.run, mesh)
+    recompute = dtype != "float32" if recompute is None else recompute
     score = make_score(actor, judges, vocab, width, stage.rollout, recompute, heat)
     optimizer = ppo_optimizer(stage)
     step = make_train_step(stage.objective(actor, stage.loss), optimizer, stage.micro_batches, tuple(optimizer.parts))
@@ -303,7 +309,8 @@ def make_phases(stage: PPO, models: dict, vocab: Vocabulary, mesh, rollout_mesh,
         sampler = make_model(policy.config, rollout_mesh, stage.run)
         shapes = jax.eval_shape(sampler.init, jax.random.key(0))
         places = param_shardings(sampler.axes(), shapes, rollout_mesh)
-        spread = lambda params: jax.device_put(params, places)  # noqa: E731
+        cast = jax.jit(lambda params: frozen(params, dtype))  # what travels, and what decoding reads at every token
+        spread = lambda params: jax.device_put(cast(params), places)  # noqa: E731
         gather = lambda samples: jax.device_put(samples, rows)  # noqa: E731
     return Phases(
         spread=spread,
@@ -347,14 +354,19 @@ def sampling_key(setup: Setup):
 
 
 def iteration_flops(stage: PPO, models: dict) -> float:
-    """Model FLOPs of an iteration at full length: sampling, one forward of every judge and the value network, and three of
-    policy and value an epoch."""
-    rows, width = stage.batch_size, stage.prompt_len + stage.sampling.max_new_tokens
-    forward = {name: roofline.forward_flops(model.config, rows, width) for name, model in models.items()}
-    logits = {name: roofline.logits_flops(models[name].config, rows * stage.sampling.max_new_tokens) for name in ("policy", "kl_to")}
+    """Model FLOPs of an iteration at full length."""
+    return sum(phase_flops(stage, {name: model.config for name, model in models.items()}).values())
+
+
+def phase_flops(stage: PPO, configs: dict) -> dict[str, float]:
+    """Model FLOPs of an iteration's phases at full length: "sample", the policy; "score", one forward of every judge and the value
+    network; "update", three of policy and value an epoch. configs: ModelConfig by role."""
+    new = stage.sampling.max_new_tokens
+    forward = {name: roofline.forward_flops(cfg, stage.batch_size, stage.prompt_len + new) for name, cfg in configs.items()}
+    logits = {name: roofline.logits_flops(configs[name], stage.batch_size * new) for name in ("policy", "kl_to")}
     trained = forward["policy"] + logits["policy"] + forward.get("value", 0.0)
     judged = sum(flops for name, flops in forward.items() if name != "policy") + logits["kl_to"]
-    return forward["policy"] + logits["policy"] + judged + 3 * stage.epochs * trained
+    return {"sample": forward["policy"] + logits["policy"], "score": judged, "update": 3 * stage.epochs * trained}
 
 
 def memory_gib() -> float:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from hhjax.data.comparisons import ComparisonData
@@ -53,11 +52,10 @@ def load_all(refs: Mapping[str, str], ctx: StageContext, mesh, run: RunConfig) -
     return found
 
 
-def frozen(loaded: Loaded, run: RunConfig) -> Params:
+def frozen(params: Params, dtype: str) -> Params:
     """Parameters for forward passes only: matrices in the compute dtype, which is how they are used anyway."""
-    dtype = jnp.dtype(compute_dtype(run))
     cast = lambda w, matrix: w.astype(dtype) if matrix else w  # noqa: E731
-    return jax.tree.map(cast, loaded.params, decayed(loaded.params))
+    return jax.tree.map(cast, params, decayed(params))
 
 
 def load_prompts(data: ComparisonData, split: str, ctx: StageContext, tok: Tokenizer, width: int, batch_size: int) -> PromptSource:
@@ -171,7 +169,7 @@ def draw_and_judge(stage, ctx: StageContext, key, found: Mapping[str, Loaded], p
     tok = found[policy].tokenizer
     sample = make_sample(found[policy].model, tok.vocabulary, stage.sampling, mesh)
     judge = {name: make_judge(found[name].model, tok.vocabulary, mesh) for name in judges}
-    params = {name: frozen(found[name], stage.run) for name in (policy, *judges)}
+    params = {name: frozen(found[name].params, compute_dtype(stage.run, mesh)) for name in (policy, *judges)}
     scores, texts = {name: [] for name in judges}, []
     for places, real in row_batches(len(rows), stage.batch_size):
         if ctx.should_stop():

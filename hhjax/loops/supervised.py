@@ -288,9 +288,10 @@ def only_real(batch: Batch, is_real: np.ndarray) -> Batch:
     return batch._replace(length=np.where(is_real, batch.length, batch.prompt_len))
 
 
-def compute_dtype(run: RunConfig) -> str:
-    """The dtype of matrix products that `run` means on this machine."""
-    return run.dtype if run.dtype != "auto" else "float32" if jax.default_backend() == "cpu" else "bfloat16"
+def compute_dtype(run: RunConfig, mesh=None) -> str:
+    """The dtype of matrix products that `run` means on a mesh's devices, or on this machine's."""
+    platform = mesh.devices.flat[0].platform if mesh is not None else jax.default_backend()
+    return run.dtype if run.dtype != "auto" else "float32" if platform == "cpu" else "bfloat16"
 
 
 def is_due(step: int, every: int) -> bool:

@@ -1,0 +1,488 @@
+"""`hhjax plan`: the step functions of a run, compiled for a pod that is not there: memory, work, exchanges, time and cost.
+
+    hhjax plan experiments/pods.py --topology v5p:4x4x4 --only 52B
+
+Every stage that is trained is planned by the very functions that its loop jits, at full length: an LM or PM by its update, PPO
+by the three of an iteration (sample, score, update). Nothing is read but the experiment file; no array is made.
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
+from itertools import product
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AbstractMesh
+
+from hhjax.aot import Compiled, compile_for_tpu, libtpu_version, require_libtpu
+from hhjax.chips import GIB, Topology, parse_topology
+from hhjax.experiment import PPO, Run, Training, reference_dir, split_step
+from hhjax.fields import ConfigError
+from hhjax.flags import Command
+from hhjax.hlo import Collective, Program
+from hhjax.loops.rlhf import judge_params, make_phases, phase_flops, ppo_optimizer, ppo_shardings, roles
+from hhjax.loops.sampling import frozen
+from hhjax.loops.supervised import compute_dtype
+from hhjax.model.transformer import ModelConfig, make_model
+from hhjax.plan import architectures, bytes_per_device, lower_update, token_shapes, update_work
+from hhjax.sharding import AXES, MeshConfig, batch_sharding, batch_ways, check_batch, make_mesh, mesh_sizes, param_shardings
+from hhjax.train.state import decayed, init_state, make_optimizer, state_shardings
+from hhjax.types import Vocabulary
+
+# What share of a peak a well-written program keeps up. Assumed, not measured here on a TPU: matrix products as in the best
+# published training runs (MaxText on v5p and v5e: 52 to 71 % of peak, v6e 44 to 50 %), HBM and links as streaming code reaches.
+ATTAINABLE = {"compute": 0.65, "HBM": 0.8, "interconnect": 0.8}
+PHASES = ("sample", "score", "update")
+
+
+@dataclass(frozen=True)
+class PlanFlags:
+    """Plan an experiment file for a pod."""
+
+    topology: str = ""
+    """Chips, such as v5p:4x4x4, v5p-128, v6e:16x16, tpu7x:4x4x4, h200:8."""
+    search: bool = False
+    """Try meshes, remat policies and batch sizes, and rank those that fit by predicted time a row."""
+    tries: int = 24
+    """The most candidates that a search compiles for each stage."""
+    patience_s: float = 120.0
+    """Seconds after which a candidate of a search is given up."""
+    json: Path | None = None
+    """Write all numbers to this file too."""
+
+
+class Step(NamedTuple):
+    """One step function of a stage, to be compiled. configs: ModelConfig by role ("model" for an LM or PM)."""
+
+    run: str
+    stage: Training | PPO
+    configs: dict[str, ModelConfig]
+    phase: str
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What one step function needs on one device, and takes.
+
+    memory: bytes by what they hold. work: model FLOPs of the step over all devices, by formula; compiled: FLOPs of the
+    compiled program on all devices, loops counted as often as they run. seconds: of the roofline by bound, at full peaks; predicted: of
+    the longest at what is attainable. warnings: how often the partitioner copied an array whole because it found no way to reshard.
+    """
+
+    run: str
+    stage: str
+    phase: str
+    mesh: dict[str, int]
+    memory: dict[str, int]
+    capacity: float
+    work: float
+    compiled: float | None
+    hbm_bytes: int | None
+    collectives: tuple[Collective, ...]
+    seconds: dict[str, float]
+    positions: int
+    warnings: int
+    failure: str
+    compile_s: float
+
+    @property
+    def used(self) -> int:
+        return sum(self.memory.values())
+
+    @property
+    def fits(self) -> bool:
+        return not self.failure and self.used <= self.capacity
+
+    @property
+    def bound(self) -> str:
+        return max(self.seconds, key=lambda b: self.seconds[b] / ATTAINABLE[b]) if self.seconds else ""
+
+    @property
+    def predicted(self) -> float:
+        """Seconds a step; infinite where nothing is known."""
+        return max((s / ATTAINABLE[b] for b, s in self.seconds.items()), default=float("inf"))
+
+
+def run(command: Command, flags: PlanFlags) -> int:
+    """Prints the plan of every run of the command; returns 0, or 2 where a stage does not fit."""
+    if not flags.topology:
+        raise ConfigError("hhjax plan needs --topology, such as v5p:4x4x4, v5p-128, v6e:16x16 or h200:8")
+    topology = parse_topology(flags.topology)
+    jax.config.update("jax_platforms", "cpu")  # where libtpu is installed jax would look for a TPU, and complain
+    if topology.chip.axes:
+        require_libtpu()
+    else:
+        print("the compiled part (temporaries, compiler's FLOPs, bytes, collectives) needs the device; by formula:")
+    print(heading(topology))
+    steps = [step for r in command.runs for step in steps_of(r, command.launch.stage)]
+    if not steps:
+        raise ConfigError("nothing to plan: no LM, PM or PPO stage in the chosen runs")
+    estimates = []
+    for i, step in enumerate(steps):
+        if flags.search and topology.chip.axes:
+            found = search(step, topology, flags.tries, flags.patience_s)
+            print("\n".join(ranking(found, topology)), flush=True)
+            steps[i] = found[0][0]
+            estimates.append(found[0][1])
+        else:
+            estimates.append(estimate(step, topology))
+            print("\n".join(report(estimates[-1], topology)), flush=True)
+    rows = summary(steps, estimates, topology)
+    print("", *table(rows), sep="\n")
+    if flags.json:
+        flags.json.write_text(json.dumps({
+            "topology": topology.name, "chips": topology.chips, "attainable": ATTAINABLE, "jax": jax.__version__,
+            "libtpu": libtpu_version() if topology.chip.axes else "", "rows": rows, "steps": [as_json(e) for e in estimates],
+        }, indent=1))  # fmt: skip
+    return 0 if all(e.fits for e in estimates) else 2
+
+
+def steps_of(run: Run, only: str | None = None) -> Iterator[Step]:
+    """The step functions of a run's trained stages, or of the stage of this name."""
+    if only is not None:
+        run.experiment.stage(only)
+    stages = {s.name: s for s in run.experiment.stages}
+    configs = architectures(stages, lambda ref: reference_dir(split_step(ref)[0], {}))
+    for stage in stages.values():
+        if only not in (None, stage.name):
+            continue
+        if isinstance(stage, Training):
+            yield Step(run.full_name, stage, {"model": configs(stage.name)}, "update")
+        if isinstance(stage, PPO):
+            by_role = {role: configs(ref) for role, ref in roles(stage).items()}
+            yield from (Step(run.full_name, stage, by_role, phase) for phase in PHASES)
+
+
+# One step function ----------------------------------------------------------------------------------------------------
+
+
+def estimate(step: Step, topology: Topology, limit_s: float = 1800.0) -> Estimate:
+    """Compiled for TPUs, in limit_s at most; by formula for GPUs. Raises ConfigError on a mesh or batch that the run would refuse."""
+    positions, work = work_of(step)
+    if not topology.chip.axes:
+        return formula(step, topology, positions, work)
+    found = compile_for_tpu(lower, step, topology.name, limit_s=limit_s)
+    return read(step, topology, found, positions, work)
+
+
+def work_of(step: Step) -> tuple[int, float]:
+    """Token positions of a step, and its model FLOPs at full length."""
+    if step.phase == "update" and isinstance(step.stage, Training):
+        rows, flops = update_work(step.stage, step.configs["model"])
+        return rows * step.stage.seq_len, flops
+    width = step.stage.prompt_len + step.stage.sampling.max_new_tokens
+    return step.stage.batch_size * width, phase_flops(step.stage, step.configs)[step.phase]
+
+
+def read(step: Step, topology: Topology, found: Compiled, positions: int, work: float) -> Estimate:
+    """The numbers of a compiled program."""
+    chip, mesh, held = topology.chip, found.facts["mesh"], dict(found.facts["held"])
+    collectives, seconds, flops, traffic = (), {}, None, None
+    if found.text:
+        program = Program(found.text)
+        collectives = tuple(program.collectives(mesh))
+        flops, traffic = program.flops() * topology.devices, program.hbm_bytes()
+        seconds = {
+            "compute": flops / (topology.chips * chip.flops),
+            "HBM": traffic * chip.devices / chip.bandwidth,
+            "interconnect": sum(exchange_seconds(c, topology, found.facts["extent"]) for c in collectives),
+        }
+        cache = min(held.pop("cache", 0), found.temporaries)
+        memory = held | {"activations": found.temporaries - cache} | ({"cache": cache} if cache else {})
+        memory["batch"] = max(found.arguments + found.facts["beside"] - sum(held.values()), 0)
+    else:
+        held.pop("cache", 0)
+        memory = held
+    return Estimate(step.run, step.stage.name, step.phase, mesh, memory, chip.memory / chip.devices, work, flops, traffic, collectives,
+                    seconds, positions, len(found.warnings), found.failure, found.seconds)  # fmt: skip
+
+
+def exchange_seconds(one: Collective, topology: Topology, extent: dict[str, dict[int, int]]) -> float:
+    """Seconds of a collective over all its runs, by rings over the torus dimensions of its axes.
+
+    A gather or scatter of n devices sends (n - 1) / n of the whole over every device's links, an all-reduce twice that; an all-to-all of
+    b bytes a device n / 4 times b; a permutation its bytes.
+    """
+    spans: dict[int, int] = {}
+    for axis in one.axes.split("+"):
+        for dim, places in extent.get(axis, {}).items():
+            spans[dim] = spans.get(dim, 1) * places
+    share = (one.group - 1) / one.group
+    sent = {"all-reduce": 2 * share, "all-to-all": one.group / 4, "collective-permute": 1.0}.get(one.kind, share) * one.bytes
+    return one.times * sent / topology.bandwidth(spans) if one.group > 1 else 0.0
+
+
+def formula(step: Step, topology: Topology, positions: int, work: float) -> Estimate:
+    """What needs no compiler: state and frozen models under the stage's mesh, and the time of the model FLOPs at peak."""
+    sizes = mesh_sizes(step.stage.mesh, topology.devices)
+    mesh = AbstractMesh(sizes, AXES)
+    check_step(step, mesh)
+    held, _ = holdings(step, mesh, mesh, "bfloat16")
+    held.pop("cache", None)
+    return Estimate(step.run, step.stage.name, step.phase, dict(mesh.shape), held, topology.chip.memory, work, None, None, (),
+                    {"compute": work / (topology.chips * topology.chip.flops)}, positions, 0, "", 0.0)  # fmt: skip
+
+
+# Inside the compiling process -----------------------------------------------------------------------------------------
+
+
+def lower(step: Step, topology: str):
+    """(the step function lowered for the topology's devices, what is known of it without compiling). facts: mesh, its sizes; held,
+    bytes a device by what they hold; beside, those of them that are no arguments; extent, axis -> torus dimension -> places."""
+    from jax.experimental import topologies
+
+    devices = topologies.get_topology_desc(topology_name=topology, platform="tpu").devices
+    mesh = make_mesh(step.stage.mesh, devices)
+    decode = make_mesh(step.stage.rollout_mesh, devices) if getattr(step.stage, "rollout_mesh", None) else mesh
+    check_step(step, mesh)
+    dtype = compute_dtype(step.stage.run, mesh)
+    held, beside = holdings(step, mesh, decode, dtype)
+    used = decode if step.phase == "sample" else mesh
+    facts = {"mesh": dict(used.shape), "held": held, "beside": beside, "extent": extent(used)}
+    if isinstance(step.stage, Training):
+        model = make_model(step.configs["model"], mesh, step.stage.run)
+        optimizer = make_optimizer(step.stage.optim, step.stage.steps or 1)
+        shardings = state_shardings(optimizer, *shapes_and_places(model.config, mesh), mesh)
+        return lower_update(step.stage, model, optimizer, shardings, mesh), facts
+    return lower_phase(step, mesh, decode, dtype), facts
+
+
+def lower_phase(step: Step, mesh, decode, dtype: str):
+    """A phase of PPO as `loops/rlhf.py` jits it."""
+    stage = step.stage
+    models = {role: make_model(cfg, mesh, stage.run) for role, cfg in step.configs.items()}
+    optimizer = ppo_optimizer(stage)
+    shardings = ppo_shardings(optimizer, models, mesh)
+    vocab = Vocabulary(0, 1, 2, models["policy"].config.vocab)
+    phases = make_phases(stage, models, vocab, mesh, decode, shardings)
+    shapes = {role: parameters_of(cfg)[0] for role, cfg in step.configs.items()}
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    state = jax.eval_shape(lambda p, k: init_state(p, optimizer, k), {part: shapes[part] for part in optimizer.parts}, key)
+    small = {role: jax.eval_shape(lambda p: frozen(p, dtype), x) for role, x in shapes.items()}
+    if stage.rollout_mesh:
+        policy = placed(small["policy"], shapes_and_places(step.configs["policy"], decode)[1])
+    else:
+        policy = placed(shapes["policy"], shardings.params["policy"])
+    inputs = (policy, token_shapes(stage.batch_size, stage.prompt_len), jax.ShapeDtypeStruct((stage.batch_size,), jnp.int32), key)
+    if step.phase == "sample":
+        return phases.sample.lower(*inputs)
+    judges = judge_params(stage, {role: placed(small[role], shapes_and_places(cfg, mesh)[1]) for role, cfg in step.configs.items()})
+    offsets = {"reward": 0.0, "value": 0.0, "tests": dict.fromkeys(stage.tests, 0.0)}
+    gathered = split_rows(jax.eval_shape(phases.sample, *inputs), mesh)
+    scored = (state.params, judges, gathered, offsets, 0.0)
+    if step.phase == "score":
+        return phases.score.lower(*scored)
+    return phases.update.lower(state, split_rows(jax.eval_shape(phases.score, *scored)[0], mesh))
+
+
+def placed(shapes, shardings):
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
+
+
+def split_rows(shapes, mesh):
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=batch_sharding(mesh)), shapes)
+
+
+def check_step(step: Step, mesh) -> None:
+    """Raises ValueError on a batch that does not divide, as the loops do."""
+    stage = step.stage
+    check_batch(stage.batch_size // (getattr(stage, "minibatches", 1) * stage.micro_batches), mesh)
+
+
+def holdings(step: Step, mesh, decode, dtype: str) -> tuple[dict[str, int], int]:
+    """(bytes that a device holds while the step runs, by what they are; how many of them are not the step's arguments).
+
+    "cache": keys and values of sampling, a part of the temporaries. A PPO stage holds its frozen models and optimisers all along.
+    """
+    if isinstance(step.stage, Training):
+        optimizer = make_optimizer(step.stage.optim, step.stage.steps or 1)
+        return split_state(optimizer, *shapes_and_places(step.configs["model"], mesh), mesh), 0
+    stage, optimizer = step.stage, ppo_optimizer(step.stage)
+    found = {role: shapes_and_places(cfg, mesh) for role, cfg in step.configs.items()}
+    held = split_state(optimizer, *({part: found[part][i] for part in optimizer.parts} for i in (0, 1)), mesh)
+    held["frozen models"] = sum(weight_bytes(*found[role], dtype) for role in found if role not in ("policy", "value"))
+    if step.phase == "update":
+        return held, held["frozen models"]
+    if step.phase == "score":
+        return held, held["optimiser"]
+    cfg, rows = step.configs["policy"], stage.batch_size // batch_ways(decode)
+    heads = cfg.kv_heads // decode.shape["tensor"]
+    width = stage.prompt_len + stage.sampling.max_new_tokens
+    beside = sum(held.values())
+    if stage.rollout_mesh:
+        held["decode weights"] = weight_bytes(*shapes_and_places(cfg, decode), dtype)
+    else:  # it samples with the very parameters that it trains
+        beside -= bytes_per_device(*found["policy"])
+    return held | {"cache": 2 * cfg.layers * rows * heads * width * cfg.head_dim * jnp.dtype(dtype).itemsize}, beside
+
+
+def split_state(optimizer, shapes, places, mesh) -> dict[str, int]:
+    """Bytes a device of a TrainState: parameters, and the optimiser with the step and the key."""
+    state = jax.eval_shape(lambda p, k: init_state(p, optimizer, k), shapes, jax.eval_shape(lambda: jax.random.key(0)))
+    parameters = bytes_per_device(shapes, places)
+    return {"parameters": parameters, "optimiser": bytes_per_device(state, state_shardings(optimizer, shapes, places, mesh)) - parameters}
+
+
+def weight_bytes(shapes, places, dtype: str) -> int:
+    """Bytes a device of a model that is not trained: matrices in the compute dtype."""
+    small = jax.tree.map(lambda x, matrix: jax.ShapeDtypeStruct(x.shape, dtype if matrix else x.dtype), shapes, decayed(shapes))
+    return bytes_per_device(small, places)
+
+
+def shapes_and_places(cfg: ModelConfig, mesh):
+    """(shapes, shardings) of a model's parameters."""
+    shapes, axes = parameters_of(cfg)
+    return shapes, param_shardings(axes, shapes, mesh)
+
+
+@lru_cache
+def parameters_of(cfg: ModelConfig):
+    """(shapes, logical axes): tracing a model takes longer than all else that a search does without compiling."""
+    model = make_model(cfg)
+    return jax.eval_shape(model.init, jax.random.key(0)), model.axes()
+
+
+def extent(mesh) -> dict[str, dict[int, int]]:
+    """Mesh axis -> dimension of the torus -> how many places along it the devices of one group take."""
+    found = {}
+    for i, axis in enumerate(mesh.axis_names):
+        line = mesh.devices[tuple(slice(None) if j == i else 0 for j in range(mesh.devices.ndim))]
+        places = list(zip(*(tuple(d.coords) for d in line.flat)))
+        found[axis] = {dim: len(set(at)) for dim, at in enumerate(places) if len(set(at)) > 1}
+    return found
+
+
+# Search ---------------------------------------------------------------------------------------------------------------
+
+
+def search(step: Step, topology: Topology, most: int, limit_s: float) -> list[tuple[Step, Estimate]]:
+    """Candidates that were compiled, those that fit first, each by its predicted seconds a row; each has limit_s to compile."""
+    found = []
+    for candidate in list(candidates(step, topology))[:most]:
+        done = estimate(candidate, topology, limit_s)
+        found.append((candidate, done))
+        print("\n".join(ranking([(candidate, done)], topology, False)), flush=True)
+    return sorted(found, key=lambda pair: (not pair[1].fits, pair[1].predicted / pair[0].stage.batch_size))
+
+
+def candidates(step: Step, topology: Topology) -> Iterator[Step]:
+    """The stage as it is, then with other meshes (those that divide the model, the batch and the devices, with little tensor
+    parallelism first), remat policies, and batches of one, two and four times its own; the state of each fits by formula."""
+    yield step
+    stage, cfg = step.stage, next(iter(step.configs.values()))
+    powers = [2**i for i in range(topology.devices.bit_length())]
+    meshes = [MeshConfig(topology.devices // (f * t), f, t) for t, f in product(powers, powers) if f * t <= topology.devices]
+    for times, mesh, remat in product((1, 2, 4), meshes, ("full", "dots", "none")):
+        divides = topology.devices == mesh.data * mesh.fsdp * mesh.tensor and cfg.width % mesh.fsdp == cfg.kv_heads % mesh.tensor == 0
+        parts = getattr(stage, "minibatches", 1) * stage.micro_batches * mesh.data * mesh.fsdp
+        if not divides or stage.batch_size * times % parts or mesh.tensor > 16:
+            continue
+        tried = replace(stage, mesh=mesh, batch_size=stage.batch_size * times, run=replace(stage.run, remat=remat))
+        abstract = AbstractMesh((mesh.data, mesh.fsdp, mesh.tensor), AXES)
+        candidate, capacity = step._replace(stage=tried), topology.chip.memory / topology.chip.devices
+        if tried != stage and sum(holdings(candidate, abstract, abstract, "bfloat16")[0].values()) < capacity:
+            yield candidate
+
+
+# Text -----------------------------------------------------------------------------------------------------------------
+
+
+def heading(topology: Topology) -> str:
+    chip = topology.chip
+    split = f", {chip.devices} devices a chip: {topology.devices} devices of {chip.memory / chip.devices / GIB:.2f} GiB"
+    return (f"{topology.name}: {topology.chips} chips{split if chip.devices > 1 else ''}; a chip: {chip.flops / 1e12:.0f} TFLOP/s bf16, {chip.memory / GIB:.2f} GiB "
+            f"at {chip.bandwidth / 1e9:.0f} GB/s, links of {chip.link / 1e9:.0f} GB/s each way")  # fmt: skip
+
+
+def report(e: Estimate, topology: Topology) -> Iterator[str]:
+    """A step function in lines."""
+    per, gib = topology.chip.devices, lambda n: f"{n / GIB:.2f} GiB"
+    yield f"\n{e.run}: {e.stage} {e.phase}, mesh {' x '.join(f'{a} {n}' for a, n in e.mesh.items())}; compiled in {e.compile_s:.0f} s"
+    yield "  memory     " + ", ".join(f"{name} {gib(n)}" for name, n in e.memory.items() if n)
+    spare = e.capacity - e.used
+    if e.failure:
+        yield f"  does not fit: {e.failure}"
+    else:
+        both = f" a device, {gib(per * e.used)} of {gib(per * e.capacity)} a chip" if per > 1 else " a chip"
+        yield (f"  {'fits      ' if e.fits else 'DOES NOT FIT'} {gib(e.used)} of {gib(e.capacity)}{both}: "
+               f"{gib(abs(spare))} {'to spare' if spare >= 0 else 'too much'}")  # fmt: skip
+    compiled = f", {e.compiled:.3g} as compiled (loops as often as they run)" if e.compiled else ""
+    yield f"  FLOPs      {e.work:.3g} by formula{compiled}"
+    if e.hbm_bytes:
+        yield f"  HBM        {e.hbm_bytes / 1e9:,.1f} GB read and written a device"
+    kinds: dict[tuple, list[float]] = {}
+    for c in e.collectives:
+        row = kinds.setdefault((c.kind, c.axes, c.group), [0, 0])
+        row[0], row[1] = row[0] + c.times, row[1] + c.times * c.bytes
+    for (kind, axes, group), (times, total) in sorted(kinds.items(), key=lambda item: -item[1][1]):
+        yield f"  {kind:<19}along {axes} ({group} devices): {times:,} times, {total / 1e9:,.2f} GB"
+    if e.warnings:
+        yield f"  WARNING    {e.warnings} involuntary full rematerialisations: an array is copied whole to be resharded"
+    if e.seconds:
+        yield "  roofline   " + ", ".join(f"{name} {s:.3g} s" for name, s in e.seconds.items()) + f"; bound by {e.bound}"
+        yield f"  predicted  {e.predicted:.3g} s, {e.positions / e.predicted:,.0f} tokens/s, MFU {mfu(e, topology):.2f}"
+
+
+def mfu(e: Estimate, topology: Topology) -> float:
+    """Model FLOPs by formula over what the chips could do in the predicted time."""
+    return e.work / (e.predicted * topology.chips * topology.chip.flops)
+
+
+def summary(steps: Sequence[Step], estimates: Sequence[Estimate], topology: Topology) -> list[dict]:
+    """One row a trained stage, and one a run where a run has several. seconds: of an update or iteration; days and chip_hours: of all its
+    `steps`, None where the stage's length is in epochs."""
+    by_stage: dict[tuple, list[tuple[Step, Estimate]]] = {}
+    for step, e in zip(steps, estimates):
+        by_stage.setdefault((step.run, step.stage.name), []).append((step, e))
+    rows = []
+    for (name, stage_name), parts in by_stage.items():
+        stage, found = parts[0][0].stage, [e for _, e in parts]
+        seconds, known = sum(e.predicted for e in found), all(e.seconds for e in found)
+        days = seconds * stage.steps / 86400 if stage.steps and known else None
+        widest = max(found, key=lambda e: e.used)
+        rows.append({
+            "run": name, "stage": stage_name, "mesh": "x".join(str(n) for n in found[-1].mesh.values()), "remat": stage.run.remat,
+            "batch": stage.batch_size, "gib": widest.used / GIB, "capacity_gib": widest.capacity / GIB, "fits": all(e.fits for e in found),
+            "bound": max(found, key=lambda e: e.predicted).bound if known else "", "seconds": seconds if known else None,
+            "tokens_per_s": found[-1].positions / seconds if known else None,
+            "mfu": sum(e.work for e in found) / (seconds * topology.chips * topology.chip.flops) if known else None,
+            "days": days, "chip_hours": days * 24 * topology.chips if days is not None else None,
+            "compile_s": sum(e.compile_s for e in found),
+        })  # fmt: skip
+    return rows
+
+
+def table(rows: Sequence[dict]) -> list[str]:
+    """The stages of every run, and the sum of what has a length."""
+    per = "GiB a device"
+    lines = [("run", "stage", "mesh", "remat", "batch", per, "of", "fits", "bound", "s a step", "tokens/s", "MFU", "days", "chip-hours")]
+    show = lambda x, form: "" if x is None else format(x, form)  # noqa: E731
+    for r in rows:
+        lines.append((r["run"], r["stage"], r["mesh"], r["remat"], str(r["batch"]), f"{r['gib']:.1f}", f"{r['capacity_gib']:.1f}",
+                      "yes" if r["fits"] else "NO", r["bound"], show(r["seconds"], ".3g"), show(r["tokens_per_s"], ",.0f"),
+                      show(r["mfu"], ".2f"), show(r["days"], ".3g"), show(r["chip_hours"], ",.0f")))  # fmt: skip
+    total = [[r[k] for r in rows if r[k] is not None] for k in ("days", "chip_hours")]
+    if len(rows) > 1 and total[0]:
+        lines.append(("all, one after another", *[""] * 11, f"{sum(total[0]):.3g}", f"{sum(total[1]):,.0f}"))
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    return ["  ".join(cell.ljust(w) for cell, w in zip(line, widths)).rstrip() for line in lines]
+
+
+def ranking(found: Sequence[tuple[Step, Estimate]], topology: Topology, best: bool = True) -> Iterator[str]:
+    """A search's candidates, a line each."""
+    if best and found:
+        yield f"\n{found[0][0].run}: {found[0][0].stage.name} {found[0][0].phase}, {len(found)} candidates, the fastest a row first"
+    for step, e in found:
+        mesh = "x".join(str(n) for n in e.mesh.values())
+        rows, memory = step.stage.batch_size, e.failure or f"{e.used / GIB:.1f} GiB"
+        said = f"{e.predicted:.3g} s, {1e3 * e.predicted / rows:.3g} ms a row, MFU {mfu(e, topology):.2f}, {e.bound}" if e.seconds else ""
+        yield f"  mesh {mesh:<10} remat {step.stage.run.remat:<5} batch {rows:<5} {'fits' if e.fits else 'NO  '} {memory:<10} {said}".rstrip()
+
+
+def as_json(e: Estimate) -> dict:
+    fields = asdict(e) | {"used": e.used, "fits": e.fits, "bound": e.bound, "predicted": e.predicted if e.seconds else None}
+    return fields | {"collectives": [c._asdict() | {"shapes": [s.dims for s in c.shapes]} for c in e.collectives]}
