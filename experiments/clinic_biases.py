@@ -7,6 +7,7 @@ Expected   Each policy does more of what its raters over-reward, and its gold en
 Cost       About 20 minutes on 2 cores at three seeds beside quickstart.py, whose language model it shares.
 Command    hhjax run experiments/clinic_biases.py --jobs 2
            python scripts/plot_behaviour.py runs/experiments/clinic_biases.json
+           python scripts/plot_reward_vs_sqrt_kl.py runs/experiments/clinic_biases.json --most 2
 """
 
 from dataclasses import replace

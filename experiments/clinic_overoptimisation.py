@@ -1,6 +1,6 @@
 """How far can a policy be trained on a preference model before the annotators stop agreeing, by number of comparisons?
 
-Question   At which sqrt(KL) does gold turn down, for preference models of 250, 1,000 and about 7,900 comparisons, and does a
+Question   At which sqrt(KL) does gold turn down, for preference models of 250, 1,000 and about 5,900 comparisons, and does a
            test PM notice?
 Figures    Reward on train PM, test PM and gold against sqrt(KL) (paper Figures 4 and 13, with a gold that the paper had not).
 Expected   Gold turns down earlier with fewer comparisons; with many the test PM goes on rising with the training PM.

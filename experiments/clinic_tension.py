@@ -8,6 +8,7 @@ Expected   Paper section 4.4: harmlessness is over-optimised before helpfulness,
 Cost       About 15 minutes on 2 cores at three seeds beside quickstart.py, whose world and language model it shares.
 Command    hhjax run experiments/clinic_tension.py --jobs 2
            python scripts/plot_behaviour.py runs/experiments/clinic_tension.json
+           python scripts/plot_reward_vs_sqrt_kl.py runs/experiments/clinic_tension.json --most 2
 """
 
 from dataclasses import replace
@@ -29,8 +30,9 @@ POLICIES = {  # label: (the PM that pays, the prompts); both_80 with four helpfu
 def runs(fast: bool = False, seeds: int = 3):
     found = []
     for label, (reward, prompts) in POLICIES.items():
-        ppo = replace(RL, reward=reward, tests=("pm_test",), data=prompts)
-        base = Experiment("clinic_tension", (*SHARED, PM_OF[reward], PM_OF["pm_test"], ppo))
+        # The PMs of one kind have read all comparisons of it, so that no PM of the other half is new to them.
+        tests = ("pm_test",) if reward == "pm" else ()
+        base = Experiment("clinic_tension", (*SHARED, PM_OF[reward], PM_OF["pm_test"], replace(RL, reward=reward, tests=tests, data=prompts)))
         base = small(base) if fast else base
         found += [Run(edit(base, "seed", seed), (("policy", label), ("seed", str(seed)))) for seed in range(seeds)]
     return found

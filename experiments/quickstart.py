@@ -65,8 +65,8 @@ POLICIES = (
     RL,
     replace(RL, name="ppo_small", policy="lm_small"),
     replace(RL, name="ppo_250", reward="pm_250"),  # over-optimisation: a PM of few comparisons
-    replace(RL, name="ppo_helpful", reward="pm_helpful"),
-    replace(RL, name="ppo_harmless", reward="pm_harmless"),
+    replace(RL, name="ppo_helpful", reward="pm_helpful", tests=()),  # these PMs have read both halves: no test PM is new
+    replace(RL, name="ppo_harmless", reward="pm_harmless", tests=()),
 )
 BEST = BestOfN("best", policy="lm_large", reward="pm", tests=("pm_test",), data=BOTH, prompts=64, prompt_len=56, sampling=RL.sampling,
                batch_size=256, watch=watch)  # fmt: skip

@@ -312,7 +312,8 @@ class Comparisons(Sampled):
     Each of `prompts` training prompts gets two replies, by policies drawn at random (several snapshots at once, as in
     Bai et al. 2022, section 4.5); the label is drawn with probability sigmoid(difference / noise); at noise 0 the
     better one always wins. Equal replies are left out. Writes comparisons.jsonl.gz, which a PM stage takes as a source.
-    best_of: each reply is the best of so many by the PM `ranker` (rejection sampling).
+    best_of: each reply is the best of so many by the PM `ranker` (rejection sampling). skip: how many prompts of the seed's order
+    to pass over first, so that the tranches of a loop have prompts of their own.
     """
 
     kind: ClassVar[str] = "comparisons"
@@ -323,12 +324,13 @@ class Comparisons(Sampled):
     best_of: int = 1
     noise: float = 1.0
     prompts: int = 512
+    skip: int = 0
 
     def __post_init__(self):
         super().__post_init__()
-        if not self.policies or self.best_of < 1 or self.noise < 0:
+        if not self.policies or self.best_of < 1 or self.noise < 0 or self.skip < 0:
             raise ConfigError(f"{self.name}: name at least one policy; best_of={self.best_of} must be at least 1, and "
-                              f"noise={self.noise} at least 0")  # fmt: skip
+                              f"noise={self.noise} and skip={self.skip} at least 0")  # fmt: skip
         if bool(self.labeler) == bool(self.raters):
             raise ConfigError(f"{self.name}: labeler={self.labeler!r} and raters={self.raters}: give one of them")
         if (self.best_of > 1) != bool(self.ranker):
@@ -360,10 +362,12 @@ class Elo(Sampled):
 class Exam(Stage):
     """Multiple-choice questions to a language model or policy, by the probability of the options (Bai et al. 2022, section 4.6).
 
-    data: where exam.jsonl.gz lies: rows {"subject", "question", "options", "answer"}. shots: solved questions before each.
+    data: where exam.jsonl.gz lies: rows {"subject", "question", "options", "answer"}. shots: solved questions before each. Nothing
+    in it is drawn, so that the experiment's seed does not enter.
     """
 
     kind: ClassVar[str] = "exam"
+    seeded: ClassVar[bool] = False
     of: str = reference("lm", "ppo", "pm")
     data: str = reference("clinic")
     shots: tuple[int, ...] = (0, 3)

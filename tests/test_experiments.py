@@ -161,7 +161,7 @@ def test_the_online_loop_goes_from_nothing_to_ratings(hhjax, tmp_path):
         points = [row for row in csv.DictReader(f) if row["line"] == "ppo_online"]
     ends = {row["panel"]: row for row in points if float(row["x"]) == 15 * 64}
     assert float(ends["raters"]["y"]) == pytest.approx(rows["ppo_online"]["elo"])
-    assert float(ends["guesses"]["y"]) == pytest.approx(rows["ppo_online"]["guesses"]["pm_online"]["value"])
+    assert float(ends["guess"]["y"]) == pytest.approx(rows["ppo_online"]["guesses"]["pm_online"]["value"])
     assert [float(row["x"]) for row in points if row["panel"] == "raters"] == [0, 5 * 64, 15 * 64]
 
 

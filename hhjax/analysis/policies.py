@@ -10,7 +10,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from hhjax.analysis.figures import COLORS, Line, estimate_line, finish, legend
-from hhjax.analysis.runs import Result, find_stages, without_seed
+from hhjax.analysis.runs import Result, finished_stages, without_seed
 from hhjax.analysis.stats import Estimate, over_seeds
 from hhjax.io.metrics import read_rows
 
@@ -36,11 +36,12 @@ def read_shares(folder: Path, label: str, last: bool = True) -> Shares:
 
 
 def load_shares(index: Path, only: str = "*", stage: str = "*") -> list[Shares]:
-    """The first look of an experiment's first PPO run, called "before", and the last one of each, called by what is varied."""
-    found = find_stages(index, "ppo", only, stage)
-    if not found:
-        raise ValueError(f"no PPO stage of {index} matches {only!r}, {stage!r}")
-    return [read_shares(found[0][2], "before", last=False), *(read_shares(folder, without_seed(run)) for run, _, folder in found)]
+    """The first look of an experiment's first PPO run, called "before", and the last one of each, called by what is varied and, where a
+    run has several, by the stage."""
+    found = finished_stages(index, "ppo", only, stage)
+    several = len({name for _, name, _ in found}) > 1
+    labels = [" ".join(filter(None, (without_seed(run), name * several))) or name for run, name, _ in found]
+    return [read_shares(found[0][2], "before", last=False), *(read_shares(folder, label) for label, (_, _, folder) in zip(labels, found))]
 
 
 def behaviour_figure(policies: Sequence[Shares], kinds: Mapping[str, Sequence[str]], path: Path) -> str:
@@ -83,9 +84,12 @@ def by_label(items, key) -> dict:
 
 
 def seeds_in_words(groups: Mapping) -> str:
-    """What a caption adds where its points are of several seeds."""
-    most = max(map(len, groups.values()))
-    return f" Means of {most} seeds, bars their range." if most > 1 else ""
+    """What a caption adds where some of its points are of several seeds. groups: label -> seeds."""
+    several = {label: len(seeds) for label, seeds in groups.items() if len(seeds) > 1}
+    if not several:
+        return ""
+    named = ", ".join(f"{' '.join(label) if isinstance(label, tuple) else label} {count}" for label, count in several.items())
+    return f" Means of several seeds, bars their range ({named}); one run elsewhere, bars its 95 % interval."
 
 
 def wilson(share: float, n: int) -> Estimate:
@@ -114,12 +118,10 @@ def read_grades(folder: Path, size: str, policy: str) -> Grades:
 def load_exams(index: Path, only: str = "*", stage: str = "*") -> list[Grades]:
     """An experiment's exams, "before" of language models and "after" of PPO runs."""
     found = []
-    for _, _, folder in find_stages(index, "exam", only, stage):
+    for _, _, folder in finished_stages(index, "exam", only, stage):
         about = json.loads((folder / "config.json").read_text())
         kind = Path(about["parents"][about["config"]["of"]]).parent.name
         found.append(read_grades(folder, about["size"], "after" if kind == "ppo" else "before"))
-    if not found:
-        raise ValueError(f"no Exam stage of {index} matches {only!r}, {stage!r}")
     return sorted(found, key=lambda e: (e.size, e.policy == "after"))
 
 
@@ -175,23 +177,24 @@ def read_detection(folder: Path) -> dict:
 
 
 def load_detections(index: Path, only: str = "*", stage: str = "*") -> list[dict]:
-    """An experiment's Detect stages, which are seeds."""
-    found = [read_detection(folder) for _, _, folder in find_stages(index, "detect", only, stage)]
-    if not found:
-        raise ValueError(f"no Detect stage of {index} matches {only!r}, {stage!r}")
-    return found
+    """An experiment's Detect stages."""
+    return [read_detection(folder) for _, _, folder in finished_stages(index, "detect", only, stage)]
 
 
-def detection_figure(seeds: Sequence[dict], path: Path) -> str:
-    """Figure 22: scores of inside and outside prompts (of the first seed), and AUROC by method: means and the standard deviation over
-    draws of what a probe is shown and over seeds."""
+def detection_figure(draws: Sequence[dict], path: Path) -> str:
+    """Figure 22: scores of inside and outside prompts (of the first stage), and AUROC by method.
+
+    draws: Detect stages of one model that differ in noise and in what probes are shown. Bars are the standard deviation over them, of one
+    stage over the draws of what a probe is shown.
+    """
     fig, axes = plt.subplots(1, 2, figsize=(10, 3.6))
-    scores = seeds[0]["scores"]["relative_mahalanobis"]
+    scores = draws[0]["scores"]["relative_mahalanobis"]
     low, high = np.percentile([*scores["inside"], *scores["outside"]], [0.5, 98])
     for color, side in zip(COLORS, ("inside", "outside")):
         axes[0].hist(np.clip(scores[side], low, high), bins=np.linspace(low, high, 40), color=color, alpha=0.55, label=side)
     axes[0].set(xlabel="simplified relative Mahalanobis score", ylabel="prompts")
-    drawn = {name: [x for found in seeds for x in found["auroc"][name]] for name in seeds[0]["auroc"]}
+    means_of = lambda name: [float(np.mean(found["auroc"][name])) for found in draws]  # noqa: E731
+    drawn = {name: means_of(name) if len(draws) > 1 else values for name, values in draws[0]["auroc"].items()}
     means = [float(np.mean(values)) for values in drawn.values()]
     spread = [float(np.std(values, ddof=1)) if len(values) > 1 else 0.0 for values in drawn.values()]
     axes[1].barh([n.replace("_", " ") for n in drawn], means, xerr=spread, color=COLORS[0])
@@ -204,7 +207,8 @@ def detection_figure(seeds: Sequence[dict], path: Path) -> str:
     said = "AUROC " + ", ".join(f"{n.replace('_', ' ')} {m:.3f}" for n, m in zip(drawn, means)) + "."
     claim = ("Paper (Fig. 22, section B.9): the simplified relative score beats the plain Mahalanobis distance (0.85 at 52B, middle "
              "layers); ten harmful examples bring 0.94.")  # fmt: skip
-    return finish(fig, path, claim, said + seeds_in_words({"": seeds}).replace("bars their range", "bars standard deviations"), {"auroc": [line]})
+    said += f" One model, {len(draws)} draws of noise, bars their standard deviation." if len(draws) > 1 else ""
+    return finish(fig, path, claim, said, {"auroc": [line]})
 
 
 def tranche_figure(result: Result, path: Path) -> str:

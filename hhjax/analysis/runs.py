@@ -1,4 +1,4 @@
-"""Finished evaluations, found through OUT/experiments/<experiment>.json. Never imports jax."""
+"""The stages of an experiment and finished evaluations, found through OUT/experiments/<experiment>.json. Never imports jax."""
 
 import json
 import re
@@ -40,6 +40,14 @@ def find_stages(index: Path, kind: str, only: str = "*", stage: str = "*") -> li
             if folder.startswith(f"{kind}/") and fnmatch(run, only) and fnmatch(name, stage):
                 found.setdefault(folder, (run, name, out / folder))
     return list(found.values())
+
+
+def finished_stages(index: Path, kind: str, only: str = "*", stage: str = "*") -> list[tuple[str, str, Path]]:
+    """Those of `find_stages` that are done. Raises ValueError where none is."""
+    found = [each for each in find_stages(index, kind, only, stage) if (each[2] / "DONE").is_file()]
+    if not found:
+        raise ValueError(f"no {kind} stage of {index} that matches {only!r}, {stage!r} is finished; run the experiment first")
+    return found
 
 
 def without_seed(run: str) -> str:

@@ -15,7 +15,7 @@ from hhjax.sharding import check_batch, make_mesh
 
 
 def run(stage: Elo, ctx: StageContext) -> None:
-    """Writes evals/elo.json: of every policy its rating and the PMs' guesses; evals/table.txt; and samples/elo.jsonl."""
+    """Writes evals/elo.json: of every policy its rating and the guesses of PMs and of the raters' own gold; evals/table.txt; and samples/elo.jsonl."""
     mesh = make_mesh(stage.mesh)
     check_batch(stage.batch_size, mesh)
     names = {f"policies.{i}": ref for i, ref in enumerate(stage.policies)}
@@ -31,6 +31,9 @@ def run(stage: Elo, ctx: StageContext) -> None:
     winners, losers, groups = compare(stage, prompts, texts, np.random.Generator(np.random.Philox(key=[ctx.seed, COMPARED])))
     ratings = rate(winners, losers, groups, len(names), seed=ctx.seed)
     guesses = [{name.removeprefix("guesses."): guess(scores[name], drawn[0][0][name]) for name in judges} for scores, _ in drawn]
+    truth = [np.array([stage.raters.gold(prompt, text) for prompt, text in zip(prompts, said)]) / (stage.raters.noise or 1) for said in texts]
+    for guessed, utility in zip(guesses, truth):
+        guessed["gold"] = guess(utility, truth[0])
     table = [{"policy": ref} | origin(ref, ctx) | rating._asdict() | {"guesses": {pm: e._asdict() for pm, e in guessed.items()}}
              for ref, rating, guessed in zip(stage.policies, ratings, guesses)]  # fmt: skip
     (ctx.dir / "evals").mkdir(exist_ok=True)
@@ -62,13 +65,17 @@ def compare(stage: Elo, prompts: list[str], texts: list[list[str]], rng: np.rand
 
 
 def guess(scores: np.ndarray, anchor: np.ndarray) -> Estimate:
-    """The naive estimate of Elo: 174 times the mean score above the anchor's, prompt by prompt."""
+    """The naive estimate of Elo: 174 times the mean score above the anchor's, prompt by prompt.
+
+    Even gold's is further from 0 than the rating where differences vary from prompt to prompt: a rating is the log-odds of a mean
+    chance to win, and not a mean of log-odds. Only what goes beyond gold's guess is a PM's own mistake.
+    """
     return mean_estimate(ELO * (scores - anchor), np.arange(len(scores)))
 
 
 def table_lines(stage: Elo, ratings: list[Rating], guesses, prompts: int):
     yield f"Elo above {stage.policies[0]}, {prompts} held-out prompts, 95 % intervals over prompts; guesses are 174 x mean score differences"
-    yield f"{'policy':<20}{'Elo':>24}{'won':>8}{'of':>8}" + "".join(f"{'by ' + pm:>24}" for pm in stage.guesses)
+    yield f"{'policy':<20}{'Elo':>24}{'won':>8}{'of':>8}" + "".join(f"{'by ' + name:>24}" for name in guesses[0])
     for ref, rating, guessed in zip(stage.policies, ratings, guesses):
         cells = (f"{f'{e.value:+.0f} [{e.low:+.0f}, {e.high:+.0f}]':>24}" for e in guessed.values())
         yield f"{ref:<20}{f'{rating.elo:+.0f} [{rating.low:+.0f}, {rating.high:+.0f}]':>24}{rating.won:>8}{rating.played:>8}" + "".join(cells)

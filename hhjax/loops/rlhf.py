@@ -271,11 +271,11 @@ def starting_state(stage: PPO, ctx: StageContext, found: dict[str, Loaded], mesh
     params = {name: found[name].params for name in optimizer.parts}
     shardings = ppo_shardings(optimizer, {name: found[name].model for name in optimizer.parts}, mesh)
     # The key is drawn inside: an eager one would be five little programs to compile.
-    fresh = lambda p: init_state(p, optimizer, jax.random.split(jax.random.key(ctx.seed))[1])  # noqa: E731
-    like = jax.eval_shape(lambda p: split_policy(fresh(p)), params)
+    fresh = lambda p, seed: init_state(p, optimizer, jax.random.split(jax.random.key(seed))[1])  # noqa: E731
+    like = jax.eval_shape(lambda p: split_policy(fresh(p, 0)), params)
     if restored := restore_newest(ctx, stage.name, like, split_policy(shardings)):
         return join_policy(restored[0]), shardings, restored[1]
-    return jax.jit(fresh, out_shardings=shardings)(params), shardings, {"step": 0, "tokens": 0}
+    return jax.jit(fresh, out_shardings=shardings)(params, ctx.seed), shardings, {"step": 0, "tokens": 0}
 
 
 def ppo_optimizer(stage: PPO) -> PartsOptimizer:

@@ -200,8 +200,13 @@ def run_comparisons(stage: Comparisons, ctx: StageContext) -> None:
     tok = next(iter(found.values())).tokenizer
     source = load_prompts(stage.data, "train", ctx, tok, stage.prompt_len, stage.batch_size)
     # Not [seed, 0], the order in which PPO takes its prompts: the first ones would be those that it was trained on longest.
-    rng = np.random.Generator(np.random.Philox(key=[ctx.seed, COMPARED]))
-    chosen = rng.permutation(source.size)[: stage.prompts]
+    order = np.random.Generator(np.random.Philox(key=[ctx.seed, COMPARED])).permutation(source.size)
+    chosen = order[stage.skip : stage.skip + stage.prompts]
+    if not len(chosen):
+        raise ConfigError(f"{stage.name}.skip={stage.skip} leaves none of the {source.size} prompts; use less")
+    if len(chosen) < stage.prompts:
+        print(f"{stage.name}: {len(chosen)} of the {stage.prompts} prompts asked for: there are {source.size}, and {stage.skip} were passed over")
+    rng = np.random.default_rng([ctx.seed, COMPARED, stage.skip])
     writer = rng.integers(len(names), size=(len(chosen), 2))  # which policy writes each reply of a pair
     replies, scores = np.empty((len(chosen), 2), object), np.zeros((len(chosen), 2))
     for number, policy in enumerate(names):
@@ -209,7 +214,8 @@ def run_comparisons(stage: Comparisons, ctx: StageContext) -> None:
         if not len(pair):
             continue
         rows = np.repeat(chosen[pair], stage.best_of)
-        key = jax.random.fold_in(jax.random.key(ctx.seed), number)  # two policies do not share their noise
+        # Neither two policies nor two tranches share their noise.
+        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(ctx.seed), number), stage.skip)
         drawn, texts = draw_and_judge(stage, ctx, key, found, policy, list(judges), source, rows, mesh)
         best = np.arange(len(pair)) * stage.best_of
         if stage.ranker:

@@ -101,7 +101,7 @@ REMAT = {
 
 @lru_cache(maxsize=32)
 def make_model(cfg: ModelConfig, mesh=None, run: RunConfig = RunConfig()) -> Model:
-    """The record of pure functions of types.Model, one and the same for equal arguments: a layer that jax has traced for the
+    """The record of pure functions of types.Model, one and the same where it is called alike: a layer that jax has traced for the
     policy serves the reference, the PM and the value network too. With a mesh, activations are pinned to (data, fsdp) at block
     boundaries and each layer's weights are gathered over fsdp before use; without the pins the partitioner
     spreads the parameters' sharding into the activations (0.29 of the one-device rate on eight devices)."""

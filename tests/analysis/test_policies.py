@@ -36,7 +36,7 @@ def test_seeds_become_their_mean_and_range(read, tmp_path):
     seeds = [Shares("after", {"helpful_right": x, "harmful_harm": 1 - x}, 128) for x in (0.2, 0.6, 0.7)]
     found = behaviour_figure([Shares("before", {"helpful_right": 0.4}, 128), *seeds], KINDS, tmp_path / "b")
     assert "after: helpful 50% right and 0% evasion, harmful 50% harm and 0% route." in found
-    assert found.endswith("Means of 3 seeds, bars their range.")
+    assert found.endswith("Means of several seeds, bars their range (after 3); one run elsewhere, bars its 95 % interval.")
     np.testing.assert_allclose(read(tmp_path / "b")["helpful", "after"][0, 1:], [0.5, 0.2, 0.7])
 
 
@@ -51,16 +51,32 @@ def test_an_experiment_s_stages_are_found_by_kind_each_once(tmp_path):
         looks = [{"eval/score": 0.0, "eval/watch/helpful_right": r} for r in (0.1, right)]
         (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in looks))
         (folder / "config.json").write_text(json.dumps({"config": {"eval_prompts": 64}}))
+        (folder / "DONE").touch()
     for name, of in (("l", "lm"), ("x", "ppo")):
         (tmp_path / "exam" / name / "evals").mkdir(parents=True)
         about = {"size": "1M", "config": {"of": "it"}, "parents": {"it": f"runs/{of}/1M-s0-0"}}
         (tmp_path / "exam" / name / "config.json").write_text(json.dumps(about))
         (tmp_path / "exam" / name / "evals" / "exam.json").write_text(json.dumps({"rows": [{"shots": 0}]}))
+        (tmp_path / "exam" / name / "DONE").touch()
     assert [(s.label, s.shares["helpful_right"]) for s in load_shares(index)] == [("before", 0.1), ("a", 0.5), ("b", 0.25)]
     assert [s.label for s in load_shares(index, "*=b*")] == ["before", "b"]
     assert [(e.size, e.policy) for e in load_exams(index)] == [("1M", "before"), ("1M", "after")]
-    with pytest.raises(ValueError, match="no PPO stage"):
-        load_shares(index, "*=c*")
+    (tmp_path / "ppo" / "y" / "DONE").unlink()  # a run under way has looked, but at its beginning
+    assert [s.label for s in load_shares(index)] == ["before", "a"]
+    with pytest.raises(ValueError, match="no ppo stage .* is finished"):
+        load_shares(index, "*=b*")
+
+
+def test_policies_of_one_run_are_not_its_seeds(tmp_path):
+    index = tmp_path / "experiments" / "e.json"
+    index.parent.mkdir()
+    index.write_text(json.dumps({"runs": {"e": {"rl": "ppo/rl", "rl_harmless": "ppo/rl_harmless"}}}))
+    for name in ("rl", "rl_harmless"):
+        (tmp_path / "ppo" / name).mkdir(parents=True)
+        (tmp_path / "ppo" / name / "metrics.jsonl").write_text(json.dumps({"eval/score": 0.0, "eval/watch/helpful_right": 0.5}) + "\n")
+        (tmp_path / "ppo" / name / "config.json").write_text(json.dumps({"config": {"eval_prompts": 64}}))
+        (tmp_path / "ppo" / name / "DONE").touch()
+    assert [s.label for s in load_shares(index)] == ["before", "rl", "rl_harmless"]
 
 
 @pytest.mark.parametrize("run, label", [("policy=both,seed=1", "both"), ("a.b=1,c=x+y,seed=0", "a.b=1,c=x+y"), ("pm_hh", ""), ("seed=2", "")])
@@ -94,7 +110,12 @@ def test_detection(read, tmp_path):
     (tmp_path / "evals").mkdir()
     scores = {"relative_mahalanobis": {"inside": [0.0, 1.0, 2.0], "outside": [2.0, 3.0]}}
     (tmp_path / "evals" / "detect.json").write_text(json.dumps({"auroc": {"relative_mahalanobis": [0.9], "probe_1": [0.5, 0.7]}, "scores": scores}))
-    assert detection_figure([read_detection(tmp_path)], tmp_path / "d") == "AUROC relative mahalanobis 0.900, probe 1 0.600."
+    found = read_detection(tmp_path)
+    assert detection_figure([found], tmp_path / "d") == "AUROC relative mahalanobis 0.900, probe 1 0.600."
+    np.testing.assert_allclose(read(tmp_path / "d")["auroc", "auroc"][1, 1:], [0.6, 0.6 - 0.02**0.5, 0.6 + 0.02**0.5])
+    other = found | {"auroc": {"relative_mahalanobis": [0.7], "probe_1": [0.8, 0.8]}}
+    assert "One model, 2 draws of noise" in detection_figure([found, other], tmp_path / "two")
+    np.testing.assert_allclose(read(tmp_path / "two")["auroc", "auroc"][:, 1], [0.8, 0.7])
     np.testing.assert_allclose(read(tmp_path / "d")["auroc", "auroc"][:, 1], [0.9, 0.6])
 
 

@@ -132,6 +132,20 @@ def test_sampling_stops_when_told(pipeline, context, tmp_path):
         run_comparisons(stage, context(stage, tmp_path / "run", stop_after=2))
 
 
+def test_tranches_of_one_seed_have_prompts_and_noise_of_their_own(pipeline, context, tmp_path):
+    read = {}
+    for name, skip, prompts in (("first", 0, 12), ("second", 12, 12), ("all", 0, 24)):
+        stage = make_comparisons(pipeline, skip=skip, prompts=prompts, noise=0.0)
+        run_comparisons(stage, context(stage, tmp_path / name))
+        read[name] = [row.prompt for row in read_comparisons(tmp_path / name / "comparisons.jsonl.gz", strict=True)[0]]
+    assert len(read["first"]) > 6 and len(read["second"]) > 6 and not set(read["first"]) & set(read["second"])
+    both = set(read["first"]) | set(read["second"])
+    assert len(both & set(read["all"])) > 12  # one order, cut into tranches (equal replies are dropped here and there)
+    stage = make_comparisons(pipeline, skip=10**6)
+    with pytest.raises(ConfigError, match="leaves none of the"):
+        run_comparisons(stage, context(stage, tmp_path / "none"))
+
+
 # Elo ------------------------------------------------------------------------------------------------------------------
 
 
