@@ -2,9 +2,10 @@
 
 import json
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 import matplotlib.pyplot as plt
@@ -57,19 +58,20 @@ def load_curves(index: Path, only: str = "*") -> tuple[list[Curve], list[Best]]:
     found, out = json.loads(Path(index).read_text()), Path(index).parent.parent
     curves, best = [], []
     for run, stages in found["runs"].items():
+        called = {folder: name for name, folder in stages.items()}
         for folder in (stages.values() if fnmatch(run, only) else ()):
             if folder.startswith("ppo/") and (rows := [r for r in read_rows(out / folder / "metrics.jsonl") if "score" in r]):
-                curves.append(read_curve(out / folder, run, found["experiment"], rows))
+                curves.append(read_curve(out / folder, run, found["experiment"], rows, called))
             if folder.startswith("best_of_n/") and (out / folder / "evals" / "best_of_n.json").is_file():
-                best.append(read_best(out / folder, run))
+                best.append(read_best(out / folder, run, called))
     if not curves:
         raise ValueError(f"no PPO run of {index} that matches {only!r} has rows yet; run the experiment first")
     return curves, best
 
 
-def read_curve(folder: Path, run: str, experiment: str, rows: list[dict]) -> Curve:
+def read_curve(folder: Path, run: str, experiment: str, rows: list[dict], called: Mapping[str, str] = MappingProxyType({})) -> Curve:
     about = json.loads((folder / "config.json").read_text())
-    config, names = about["config"], pm_names(about["config"])
+    config, names = about["config"], pm_names(about, called)
     column = lambda name: np.array([row[name] for row in rows], float)  # noqa: E731
     axes = ",".join(part for part in run.split(",") if "=" in part and not part.startswith("seed="))
     first = next(row for row in read_rows(folder / "metrics.jsonl") if "eval/score" in row)
@@ -83,16 +85,19 @@ def read_curve(folder: Path, run: str, experiment: str, rows: list[dict]) -> Cur
     )  # fmt: skip
 
 
-def pm_names(config: dict) -> dict[str, str]:
-    """Metric -> name of its PM, the training PM first: the last part of its reference where that tells all apart."""
+def pm_names(about: dict, called: Mapping[str, str] = MappingProxyType({})) -> dict[str, str]:
+    """Metric -> name of its PM, the training PM first: its stage's in `called`, else the last part of its reference where that tells
+    all apart. called: KIND/FOLDER -> the name in the run that is drawn, since a folder may have been made under another experiment's."""
+    config, parents = about["config"], about.get("parents", {})
     refs = {"score": config["reward"]} | {f"test/{ref}": ref for ref in config["tests"]}
-    short = {name: Path(ref).name for name, ref in refs.items()}
+    place = lambda ref: "/".join(Path(parents.get(ref, ref)).parts[-2:])  # noqa: E731
+    short = {name: called.get(place(ref), Path(ref).name) for name, ref in refs.items()}
     return short if len(set(short.values())) == len(refs) else {name: f"{name}: {ref}" for name, ref in refs.items()}
 
 
-def read_best(folder: Path, run: str) -> Best:
+def read_best(folder: Path, run: str, called: Mapping[str, str] = MappingProxyType({})) -> Best:
     config, found = (json.loads((folder / n).read_text()) for n in ("config.json", "evals/best_of_n.json"))
-    rows, names = found["rows"], pm_names(config["config"])
+    rows, names = found["rows"], pm_names(config, called)
     scores = {pm: np.array([row["scores"][{"score": "reward"}.get(name, name.removeprefix("test/"))]["mean"] for row in rows])
               for name, pm in names.items()}  # fmt: skip
     if "watch/gold" in rows[0]["scores"]:

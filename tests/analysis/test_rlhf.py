@@ -107,8 +107,15 @@ def test_gold_is_drawn_and_told(index, read, tmp_path):
     np.testing.assert_allclose(line[:, 1], golden[0].gold)
 
 
+def test_pms_are_called_as_in_the_run_that_is_drawn():
+    """Two experiments that share a PPO folder may call its PMs differently."""
+    about = {"config": {"reward": "pm_250", "tests": ["pm_test"]}, "parents": {"pm_250": "runs/pm/1M-s0-a", "pm_test": "runs/pm/1M-s0-b"}}
+    assert pm_names(about, {"pm/1M-s0-a": "pm", "pm/1M-s0-b": "pm_test"}) == {"score": "pm", "test/pm_test": "pm_test"}
+    assert pm_names(about) == {"score": "pm_250", "test/pm_test": "pm_test"}
+
+
 def test_two_pms_of_one_last_name_stay_two():
-    names = pm_names({"reward": "runs/x/pm", "tests": ["runs/y/pm"]})
+    names = pm_names({"config": {"reward": "runs/x/pm", "tests": ["runs/y/pm"]}})
     assert names == {"score": "score: runs/x/pm", "test/runs/y/pm": "test/runs/y/pm: runs/y/pm"}
 
 
