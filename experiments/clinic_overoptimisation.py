@@ -4,8 +4,7 @@ Question   At which sqrt(KL) does gold turn down, for preference models of 250, 
            test PM notice?
 Figures    Reward on train PM, test PM and gold against sqrt(KL) (paper Figures 4 and 13, with a gold that the paper had not).
 Expected   Gold turns down earlier with fewer comparisons; with many the test PM goes on rising with the training PM.
-Cost       An estimate, as it was never run to its end: 15 minutes on 2 cores at three seeds beside quickstart.py, whose world
-           and language models it shares.
+Cost       6 minutes on 2 cores at three seeds beside quickstart.py and clinic_tension.py, whose stages it shares.
 Command    hhjax run experiments/clinic_overoptimisation.py --jobs 2
            python scripts/plot_reward_vs_sqrt_kl.py runs/experiments/clinic_overoptimisation.json --most 2
 """

@@ -5,7 +5,7 @@ Question   How often does each policy do what was asked, comply with harm, route
 Figures    Behaviours before and after (paper Figure 1, section 4.4); reward against sqrt(KL).
 Expected   Paper section 4.4: harmlessness is over-optimised before helpfulness, so that the policy of both grows evasive; more
            helpful prompts help. The policy of helpfulness alone is easier to red-team.
-Cost       About 15 minutes on 2 cores at three seeds beside quickstart.py, whose world and language model it shares.
+Cost       10 minutes on 2 cores at three seeds beside quickstart.py, whose world and language model it shares.
 Command    hhjax run experiments/clinic_tension.py --jobs 2
            python scripts/plot_behaviour.py runs/experiments/clinic_tension.json
            python scripts/plot_reward_vs_sqrt_kl.py runs/experiments/clinic_tension.json --most 2
