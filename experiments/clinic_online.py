@@ -18,7 +18,7 @@ from hhjax.clinic.gold import Raters
 from hhjax.data.comparisons import ComparisonData
 from hhjax.experiment import Comparisons, Elo, Evaluate, Experiment, edit, grid
 
-PROMPTS, EACH = 1790, 1100  # prompts of a tranche, and comparisons a PM takes of it: a fifth is held out, up to a fifth of replies are equal
+PROMPTS, EACH = 1790, 1000  # prompts of a tranche, and comparisons a PM takes of it: a fifth is held out, a fifth of policies' replies are equal
 SHARED = shared(LM_LARGE)
 SAMPLED = {"data": HELPFUL, "prompt_len": RL.prompt_len, "sampling": RL.sampling, "batch_size": 256}
 POLICY = replace(RL, data=HELPFUL, tests=(), save_every=25, keep=10)  # snapshots that can be deployed and rated
