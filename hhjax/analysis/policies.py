@@ -14,25 +14,26 @@ from hhjax.analysis.runs import Result, finished_stages, without_seed
 from hhjax.analysis.stats import Estimate, over_seeds
 from hhjax.io.metrics import read_rows
 
-WATCHED = "eval/watch/"
+WATCHED = "watch/"
 
 
 class Shares(NamedTuple):
-    """What a policy does: behaviour -> share of its replies to held-out prompts, with how many prompts there were of each kind."""
+    """What a policy does: behaviour -> share of its replies to the held-out prompts that it applies to, and how many those are."""
 
     label: str
     shares: dict[str, float]
-    prompts: int
+    prompts: dict[str, int]
 
 
 def read_shares(folder: Path, label: str, last: bool = True) -> Shares:
-    """Of a PPO run's last look at held-out prompts, or of its first, which is the initial policy's."""
-    looks = [row for row in read_rows(folder / "metrics.jsonl") if "eval/score" in row]
-    if not looks or not any(name.startswith(WATCHED) for name in looks[-1]):
+    """Of the replies to held-out prompts at a PPO run's last look, or at its first, which are the initial policy's."""
+    looks = sorted((folder / "samples").glob("*.jsonl"))
+    rows = read_rows(looks[-1 if last else 0]) if looks else []
+    names = dict.fromkeys(name for row in rows for name in row if name.startswith(WATCHED))
+    said = {name.removeprefix(WATCHED): [row[name] for row in rows if row.get(name) is not None] for name in names}
+    if not said:
         raise ValueError(f"{folder} has no look that was watched; give the PPO stage a `watch` and finish it")
-    row = looks[-1 if last else 0]
-    shares = {name.removeprefix(WATCHED): value for name, value in row.items() if name.startswith(WATCHED)}
-    return Shares(label, shares, json.loads((folder / "config.json").read_text())["config"]["eval_prompts"])
+    return Shares(label, {name: float(np.mean(x)) for name, x in said.items()}, {name: len(x) for name, x in said.items()})
 
 
 def load_shares(index: Path, only: str = "*", stage: str = "*") -> list[Shares]:
@@ -48,7 +49,7 @@ def behaviour_figure(policies: Sequence[Shares], kinds: Mapping[str, Sequence[st
     """A group of bars a policy and a panel a kind of request: how often it does what.
 
     policies of one label are seeds. kinds: kind -> behaviours; the share of behaviour b to requests of kind k is called k_b. Bars are
-    95 % intervals (Wilson) for half of the prompts of each kind, or the range of the seeds.
+    95 % intervals (Wilson), or the range of the seeds.
     """
     groups = by_label(policies, lambda p: p.label)
     fig, axes = plt.subplots(len(kinds), 1, figsize=(10, 2.7 * len(kinds)), squeeze=False)
@@ -56,7 +57,7 @@ def behaviour_figure(policies: Sequence[Shares], kinds: Mapping[str, Sequence[st
     for ax, (kind, behaviours) in zip(axes[:, 0], kinds.items()):
         wide, lines = 0.8 / len(groups), []
         for number, (color, (label, seeds)) in enumerate(zip(COLORS * len(groups), groups.items())):
-            shares = {b: over_seeds([wilson(p.shares.get(f"{kind}_{b}", 0.0), p.prompts // len(kinds)) for p in seeds]) for b in behaviours}
+            shares = {b: over_seeds([wilson(p.shares[f"{kind}_{b}"], p.prompts[f"{kind}_{b}"]) for p in seeds]) for b in behaviours}
             line = estimate_line(label, range(len(behaviours)), list(shares.values()))
             at = np.arange(len(behaviours)) + (number - (len(groups) - 1) / 2) * wide
             ends = [np.abs(np.subtract(end, line.y)) for end in (line.low, line.high)]

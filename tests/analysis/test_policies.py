@@ -13,28 +13,40 @@ from hhjax.analysis.runs import without_seed
 KINDS = {"helpful": ("right", "evasion"), "harmful": ("harm", "route")}
 
 
+def shares_of(label, count=64, **shares) -> Shares:
+    """Shares of every behaviour, 0 unless said."""
+    names = [f"{kind}_{b}" for kind, several in KINDS.items() for b in several]
+    return Shares(label, dict.fromkeys(names, 0.0) | shares, dict.fromkeys(names, count))
+
+
+def write_look(folder, step: int, *rows: dict) -> None:
+    """samples/<step>.jsonl of a PPO run; nothing else of it."""
+    (folder / "samples").mkdir(parents=True, exist_ok=True)
+    (folder / "samples" / f"{step:06d}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
 def test_behaviours(read, tmp_path):
-    shares = {"helpful_right": 0.75, "helpful_evasion": 0.25, "harmful_harm": 0.1, "harmful_route": 0.9}
-    found = behaviour_figure([Shares("before", shares, 128), Shares("after", {}, 128)], KINDS, tmp_path / "b")
+    before = shares_of("before", helpful_right=0.75, helpful_evasion=0.25, harmful_harm=0.1, harmful_route=0.9)
+    found = behaviour_figure([before, shares_of("after")], KINDS, tmp_path / "b")
     assert "before: helpful 75% right and 25% evasion, harmful 90% route and 10% harm." in found
     points = read(tmp_path / "b")["helpful", "before"]
     np.testing.assert_allclose(points[:, 1], [0.75, 0.25])
     np.testing.assert_allclose(points[0, 2:], [wilson(0.75, 64).low, wilson(0.75, 64).high])
 
 
-def test_shares_are_read_from_the_first_and_the_last_look(tmp_path):
-    rows = [{"step": n, "eval/score": 0.0, "eval/watch/helpful_right": n / 10} for n in (0, 5)]
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    (tmp_path / "config.json").write_text(json.dumps({"config": {"eval_prompts": 64}}))
-    assert read_shares(tmp_path, "x").shares == {"helpful_right": 0.5} and read_shares(tmp_path, "x", last=False).shares == {"helpful_right": 0.0}
-    (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 0, "eval/score": 0.0}) + "\n")
+def test_shares_are_of_the_replies_that_they_apply_to(tmp_path):
+    write_look(tmp_path, 0, {"watch/helpful_right": 0.0}, {"watch/helpful_right": None, "watch/harmful_harm": 1.0})
+    write_look(tmp_path, 75, {"watch/helpful_right": 1.0}, {"watch/helpful_right": 0.0}, {"watch/harmful_harm": 0.0})
+    assert read_shares(tmp_path, "x") == Shares("x", {"helpful_right": 0.5, "harmful_harm": 0.0}, {"helpful_right": 2, "harmful_harm": 1})
+    assert read_shares(tmp_path, "x", last=False).shares == {"helpful_right": 0.0, "harmful_harm": 1.0}
+    write_look(tmp_path, 80, {"score": 0.0})
     with pytest.raises(ValueError, match="give the PPO stage a `watch`"):
         read_shares(tmp_path, "x")
 
 
 def test_seeds_become_their_mean_and_range(read, tmp_path):
-    seeds = [Shares("after", {"helpful_right": x, "harmful_harm": 1 - x}, 128) for x in (0.2, 0.6, 0.7)]
-    found = behaviour_figure([Shares("before", {"helpful_right": 0.4}, 128), *seeds], KINDS, tmp_path / "b")
+    seeds = [shares_of("after", helpful_right=x, harmful_harm=1 - x) for x in (0.2, 0.6, 0.7)]
+    found = behaviour_figure([shares_of("before", helpful_right=0.4), *seeds], KINDS, tmp_path / "b")
     assert "after: helpful 50% right and 0% evasion, harmful 50% harm and 0% route." in found
     assert found.endswith("Means of several seeds, bars their range (after 3); one run elsewhere, bars its 95 % interval.")
     np.testing.assert_allclose(read(tmp_path / "b")["helpful", "after"][0, 1:], [0.5, 0.2, 0.7])
@@ -46,12 +58,9 @@ def test_an_experiment_s_stages_are_found_by_kind_each_once(tmp_path):
     index.write_text(json.dumps({"runs": {"policy=a,seed=0": {"rl": "ppo/x", "exam_lm": "exam/l", "exam_rl": "exam/x"},
                                           "policy=b,seed=0": {"rl": "ppo/y", "exam_lm": "exam/l"}}}))  # fmt: skip
     for name, right in (("x", 0.5), ("y", 0.25)):
-        folder = tmp_path / "ppo" / name
-        folder.mkdir(parents=True)
-        looks = [{"eval/score": 0.0, "eval/watch/helpful_right": r} for r in (0.1, right)]
-        (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in looks))
-        (folder / "config.json").write_text(json.dumps({"config": {"eval_prompts": 64}}))
-        (folder / "DONE").touch()
+        write_look(tmp_path / "ppo" / name, 0, {"watch/helpful_right": 0.1})
+        write_look(tmp_path / "ppo" / name, 5, {"watch/helpful_right": right})
+        (tmp_path / "ppo" / name / "DONE").touch()
     for name, of in (("l", "lm"), ("x", "ppo")):
         (tmp_path / "exam" / name / "evals").mkdir(parents=True)
         about = {"size": "1M", "config": {"of": "it"}, "parents": {"it": f"runs/{of}/1M-s0-0"}}
@@ -72,9 +81,7 @@ def test_policies_of_one_run_are_not_its_seeds(tmp_path):
     index.parent.mkdir()
     index.write_text(json.dumps({"runs": {"e": {"rl": "ppo/rl", "rl_harmless": "ppo/rl_harmless"}}}))
     for name in ("rl", "rl_harmless"):
-        (tmp_path / "ppo" / name).mkdir(parents=True)
-        (tmp_path / "ppo" / name / "metrics.jsonl").write_text(json.dumps({"eval/score": 0.0, "eval/watch/helpful_right": 0.5}) + "\n")
-        (tmp_path / "ppo" / name / "config.json").write_text(json.dumps({"config": {"eval_prompts": 64}}))
+        write_look(tmp_path / "ppo" / name, 0, {"watch/helpful_right": 0.5})
         (tmp_path / "ppo" / name / "DONE").touch()
     assert [s.label for s in load_shares(index)] == ["before", "rl", "rl_harmless"]
 
