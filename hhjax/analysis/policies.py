@@ -49,9 +49,13 @@ def behaviour_figure(policies: Sequence[Shares], kinds: Mapping[str, Sequence[st
     """A group of bars a policy and a panel a kind of request: how often it does what.
 
     policies of one label are seeds. kinds: kind -> behaviours; the share of behaviour b to requests of kind k is called k_b. Bars are
-    95 % intervals (Wilson), or the range of the seeds.
+    95 % intervals (Wilson), or the range of the seeds. A kind that not all
+    were asked is left out.
     """
     groups = by_label(policies, lambda p: p.label)
+    kinds = {kind: bs for kind, bs in kinds.items() if all(f"{kind}_{b}" in p.shares for p in policies for b in bs)}
+    if not kinds:
+        raise ValueError("no kind of request was put to all of these policies; choose some with --only")
     fig, axes = plt.subplots(len(kinds), 1, figsize=(10, 2.7 * len(kinds)), squeeze=False)
     panels, said = {}, defaultdict(list)
     for ax, (kind, behaviours) in zip(axes[:, 0], kinds.items()):

@@ -34,6 +34,14 @@ def test_behaviours(read, tmp_path):
     np.testing.assert_allclose(points[0, 2:], [wilson(0.75, 64).low, wilson(0.75, 64).high])
 
 
+def test_a_kind_that_nobody_was_asked_is_left_out(read, tmp_path):
+    only = {name: 0.5 for name in ("helpful_right", "helpful_evasion")}
+    behaviour_figure([Shares("a", only, dict.fromkeys(only, 8))], KINDS, tmp_path / "b")
+    assert {panel for panel, _ in read(tmp_path / "b")} == {"helpful"}
+    with pytest.raises(ValueError, match="no kind of request"):
+        behaviour_figure([Shares("a", {}, {})], KINDS, tmp_path / "c")
+
+
 def test_shares_are_of_the_replies_that_they_apply_to(tmp_path):
     write_look(tmp_path, 0, {"watch/helpful_right": 0.0}, {"watch/helpful_right": None, "watch/harmful_harm": 1.0})
     write_look(tmp_path, 75, {"watch/helpful_right": 1.0}, {"watch/helpful_right": 0.0}, {"watch/harmful_harm": 0.0})
