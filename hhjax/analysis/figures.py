@@ -50,6 +50,7 @@ def accuracy_figure(results: Sequence[Result], path: Path) -> str:
 
     Where the evaluations say what the labels' noise leaves to be had (`bayes`, of simulated raters), a line shows it.
     """
+    require_alike(results)
     scores = by(results, lambda r: (r.about["parameters"], r.about["comparisons"]))
     names = {r.about["parameters"]: r.about["size"] for r in results}
     sizes, amounts = ([*dict.fromkeys(sorted(k[i] for k in scores))] for i in (0, 1))

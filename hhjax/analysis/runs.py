@@ -76,5 +76,5 @@ def trained_on(result: Result) -> str:
 def require_alike(results: list[Result]) -> None:
     """Raises ValueError where the models were trained on different sources: pooled, they would be no model's result."""
     if len(kinds := {trained_on(r): r.stage for r in results}) > 1:
-        raise ValueError(f"these models were trained on {' / '.join(kinds)}; choose one kind with --stage, "
-                         f"which may be {' or '.join(kinds.values())}")  # fmt: skip
+        raise ValueError(f"these models were trained on {' / '.join(kinds)}; choose one kind with --only, or with "
+                         f"--stage, which may be {' or '.join(kinds.values())}")  # fmt: skip

@@ -60,8 +60,8 @@ def test_the_mean_over_kinds_is_the_mean_of_their_accuracies(make_result):
 
 def test_models_of_different_training_are_not_pooled(make_result, tmp_path):
     results = [make_result(0), make_result(1, shares={"harmless-base": 1.0})]
-    for figure in (calibration_figure, turn_figure):
-        with pytest.raises(ValueError, match="helpful-base / harmless-base; choose one kind with --stage"):
+    for figure in (calibration_figure, turn_figure, accuracy_figure):
+        with pytest.raises(ValueError, match="helpful-base / harmless-base; choose one kind with --only, or with --stage"):
             figure(results, tmp_path / "mixed")
 
 
