@@ -5,7 +5,7 @@ Question   Accuracy and log-loss on facts, opening hours and sums before and aft
 Figures    Capability before and after by size (paper Figure 3); detection (Figure 22).
 Expected   A tax that grows with the distance from the initial policy; no bonus at these sizes. The questions are those of the text.
            Few examples of what is outside beat every score without any.
-Cost       An estimate: about 10 minutes on 2 cores at three seeds beside quickstart.py, whose world and language models it shares.
+Cost       3 minutes on 2 cores at three seeds beside quickstart.py and clinic_tension.py, whose stages it shares.
 Command    hhjax run experiments/clinic_tax.py --jobs 2
            python scripts/plot_tax.py runs/experiments/clinic_tax.json
            python scripts/plot_detection.py runs/experiments/clinic_tax.json
