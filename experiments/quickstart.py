@@ -27,7 +27,7 @@ WORLD = (
     Clinic("text", part="text", size=40000),
     Clinic("helpful", part="helpful", size=6000),
     Clinic("harmless", part="harmless", size=6000),
-    Clinic("questions", part="exam", size=150),
+    Clinic("questions", part="exam", size=300),
     Tokenizer("tok", data=TEXT, vocab=1024, algorithm="bpe"),  # names are whole pieces, which is what makes them easy to repeat
 )
 # Many small batches: at 32 rows and a quarter of the updates, the same tokens, neither model learns to take a name from the request.

@@ -1,5 +1,6 @@
 """Figures of what policies do and know: behaviours, capabilities, out-of-distribution scores, scores by tranche. No jax."""
 
+import itertools
 import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -131,47 +132,46 @@ def load_exams(index: Path, only: str = "*", stage: str = "*") -> list[Grades]:
 
 
 def tax_figure(exams: Sequence[Grades], path: Path) -> str:
-    """Figure 3: capability before and after RLHF by size, zero- and few-shot: accuracy over all questions, and nats by subject.
+    """Figure 3: accuracy before and after RLHF by size, zero- and few-shot, a row a subject; with the nats of the right options.
 
-    Exams of one size and policy are seeds.
+    Exams of one size and policy are seeds. Subjects in which every exam has everything right are named and not drawn, unless that is all.
     """
     groups = by_label(exams, lambda e: (e.size, e.policy))
     sizes, kinds = list(dict.fromkeys(size for size, _ in groups)), list(dict.fromkeys(policy for _, policy in groups))
     all_shots = sorted({row["shots"] for e in exams for row in e.rows})
-    fig, axes = plt.subplots(1, len(all_shots), figsize=(5 * len(all_shots), 3.6), sharey=True, squeeze=False)
+    subjects = list(dict.fromkeys(row["subject"] for e in exams for row in e.rows))
+    full = [s for s in subjects if all(row["accuracy"] == 1 for e in exams for row in e.rows if row["subject"] == s)]
+    drawn = [s for s in subjects if s not in full] or subjects
+    shape = len(drawn), len(all_shots)
+    fig, axes = plt.subplots(*shape, figsize=(5 * shape[1], 0.8 + 2.8 * shape[0]), sharex=True, sharey=True, squeeze=False)
     panels, found = {}, []
-    for ax, shots in zip(axes[0], all_shots):
+    for ax, (subject, shots) in zip(axes.flat, itertools.product(drawn, all_shots)):
         lines = []
         for color, policy in zip(COLORS * len(kinds), kinds):
             here = {size: groups[size, policy] for size in sizes if (size, policy) in groups}
-            estimates = [over_seeds([graded(e, shots) for e in seeds]) for seeds in here.values()]
+            rows = {size: [row_of(e, subject, shots) for e in seeds] for size, seeds in here.items()}
+            estimates = [over_seeds([wilson(row["accuracy"], row["questions"]) for row in several]) for several in rows.values()]
             line = estimate_line(policy, [sizes.index(size) for size in here], estimates)
             aside = np.add(line.x, 0.03 * (kinds.index(policy) - (len(kinds) - 1) / 2))  # bars beside each other
             bars = [np.subtract(line.y, line.low), np.subtract(line.high, line.y)]
             ax.errorbar(aside, line.y, bars, color=color, marker="o", ms=4, lw=1.4, label=policy)
             lines.append(line)
-            found += [f"{size} {policy}, {shots} shots: {e.value:.3f} ({np.mean([nats(x, shots) for x in seeds]):.3f} nats)"
-                      for (size, seeds), e in zip(here.items(), estimates)]  # fmt: skip
+            found += [f"{subject}, {size} {policy}, {shots} shots: {e.value:.3f} ({np.mean([row['nats'] for row in several]):.3f} nats)"
+                      for (size, several), e in zip(rows.items(), estimates)]  # fmt: skip
         ax.set_xticks(range(len(sizes)), sizes)
-        ax.set(xlabel=f"policy, {shots} shots", ylabel="accuracy")
+        ax.set(xlabel=f"policy, {shots} shots", ylabel=f"accuracy, {subject}")
         ax.label_outer()
         ax.spines[["top", "right"]].set_visible(False)
-        panels[f"{shots} shots"] = lines
+        panels[f"{subject}, {shots} shots"] = lines
     legend(axes[0, 0])
     claim = "Paper (Fig. 3): RLHF costs small models some capability (an alignment tax) and gives large ones some (a bonus)."
-    return finish(fig, path, claim, "; ".join(found) + "." + seeds_in_words(groups), panels)
+    room = f"Every question of {', '.join(full)} is answered by every model, so that there is no room for a tax. " if full else ""
+    return finish(fig, path, claim, room + "; ".join(found) + "." + seeds_in_words(groups), panels)
 
 
-def graded(exam: Grades, shots: int) -> Estimate:
-    """Accuracy over all questions."""
-    right = [x for row in exam.rows if row["shots"] == shots for x in row["right"]]
-    return wilson(float(np.mean(right)), len(right))
-
-
-def nats(exam: Grades, shots: int) -> float:
-    """Minus log-probability of the right option, over all questions."""
-    rows = [row for row in exam.rows if row["shots"] == shots]
-    return float(np.average([row["nats"] for row in rows], weights=[row["questions"] for row in rows]))
+def row_of(exam: Grades, subject: str, shots: int) -> dict:
+    """What an exam found on a subject with that many solved questions before each."""
+    return next(row for row in exam.rows if (row["subject"], row["shots"]) == (subject, shots))
 
 
 def read_detection(folder: Path) -> dict:

@@ -11,7 +11,7 @@ import numpy as np
 from hhjax.clinic.gold import Raters
 from hhjax.clinic.replies import ANSWERS, core_of, draw_behaviour, sentence, write_reply
 from hhjax.clinic.world import (DOCTORS, HARMFUL, HELPFUL, HOURS, INSURERS, PLACES, REQUESTS, SLOTS, Scene, draw_scene, facts, fill, pick,
-                                read_prompt, share_of, write_prompt)  # fmt: skip
+                                read_prompt, share_of, slot_names, write_prompt)  # fmt: skip
 from hhjax.data.transcripts import HUMAN, parse_transcript
 
 HELD_OUT = 0.2  # of openings, and of combinations of slots: seen in tests only
@@ -23,7 +23,8 @@ QUESTIONS = len(PLACES) + len(INSURERS) + len(DOCTORS) + 2 * len(HOURS) + 11 * 1
 
 
 class Question(NamedTuple):
-    """An exam question. options: the right one and three others, in a fixed random order. subject: facts, hours or sums."""
+    """An exam question. options: the right one and three others, in a fixed random order. subject: facts, hours, sums or
+    reading."""
 
     subject: str
     question: str
@@ -161,13 +162,27 @@ def options(subject: str, question: str, right: str, values, rng: np.random.Gene
     return Question(subject, question, tuple(shuffled), shuffled.index(right))
 
 
+def draw_reading(rng: np.random.Generator) -> Question:
+    """A request to book, move or cancel with a combination of slots that no text has, and four replies of one wording, of which one takes
+    every slot from it and the others all but one: a skill, where the other subjects are a matter of memory."""
+    while not is_held_out(scene := draw_scene(rng, False, pick(rng, ("book", "move", "cancel")))):
+        pass
+    template = pick(rng, ANSWERS[scene.intent])
+    said = lambda **changed: sentence(template, scene.truth | changed).removesuffix(".")  # noqa: E731
+    wrong = [said(**{name: value}) for name in slot_names(template) for value in SLOTS[name]]
+    return options("reading", fill(pick(rng, REQUESTS[scene.intent]), scene.slots), said(), wrong, rng)
+
+
 def draw_exam(rng: np.random.Generator, count: int) -> list[dict]:
-    """Different questions, as rows {"subject", "question", "options", "answer"}. Raises ValueError beyond those there are."""
-    if count > QUESTIONS:
-        raise ValueError(f"an exam of {count} questions, but the clinic has {QUESTIONS}; use fewer")
+    """Different questions, every second one of reading, as rows {"subject", "question", "options", "answer"}.
+
+    Raises ValueError beyond those there are.
+    """
+    if (count + 1) // 2 > QUESTIONS:
+        raise ValueError(f"an exam of {count} questions, half of them from the clinic's {QUESTIONS} on what it knows; use fewer")
     found = {}
     while len(found) < count:
-        question = draw_question(rng)
+        question = draw_reading(rng) if len(found) % 2 else draw_question(rng)
         found.setdefault(question.question, question)
     return [question._asdict() for question in found.values()]
 

@@ -9,7 +9,7 @@ from hhjax.data.comparisons import MAX_CHARS, Comparison
 from hhjax.data.records import DataError
 from hhjax.data.stream import Host, PairSource
 from hhjax.objectives.preference import pair_scores
-from hhjax.sharding import batch_host, put_batch, replicated
+from hhjax.sharding import batch_host, batch_ways, put_batch, replicated
 from hhjax.types import Model
 
 
@@ -19,7 +19,8 @@ def score_comparisons(
     """Chosen and rejected score of every row, [len(rows), 2] f32.
 
     No row is left out: where a reply does not fit in seq_len the pair is scored at the length that it needs,
-    since the dropped pairs would not be a random sample.
+    since the dropped pairs would not be a random sample. batch_size: of pairs that fit; where the length doubles, attention takes four
+    times the memory a row, and a batch has a quarter of the rows.
     """
     scores = np.full((len(rows), 2), np.nan, np.float32)
     left = np.arange(len(rows))
@@ -31,7 +32,7 @@ def score_comparisons(
         except DataError:  # none of them fits
             if seq_len > 4 * MAX_CHARS:  # the bytes of the longest row: something else is wrong with them
                 raise
-            seq_len *= 2
+            seq_len, batch_size = 2 * seq_len, quarter(batch_size, batch_ways(mesh))
             continue
         kept = {id(row) for row in source.rows}
         places = np.array([i for i in left if id(rows[i]) in kept])
@@ -42,5 +43,10 @@ def score_comparisons(
             mine = np.split(at, host.count)[host.index]
             found = jax.device_get(score(params, put_batch(source.take(mine, width_of=at), mesh)))
             scores[places[at]] = np.stack(found, 1)
-        seq_len *= 2
+        seq_len, batch_size = 2 * seq_len, quarter(batch_size, batch_ways(mesh))
     return scores
+
+
+def quarter(rows: int, ways: int) -> int:
+    """A quarter of a batch's rows: a multiple of the ways it is split, and at least that."""
+    return max(1, rows // (4 * ways)) * ways

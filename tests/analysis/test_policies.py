@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from hhjax.analysis.page import Section, html_table, write_page
-from hhjax.analysis.policies import (Grades, Shares, behaviour_figure, detection_figure, load_exams, load_shares, nats, read_detection, read_grades,
+from hhjax.analysis.policies import (Grades, Shares, behaviour_figure, detection_figure, load_exams, load_shares, read_detection, read_grades,
                                      read_shares, tax_figure, tranche_figure, wilson)  # fmt: skip
 from hhjax.analysis.runs import without_seed
 
@@ -106,15 +106,19 @@ def test_wilson():
 
 def test_the_tax(read, tmp_path):
     def grades(size, policy, right):
-        rows = [{"subject": s, "shots": 0, "questions": n, "accuracy": right, "nats": x, "right": [1] * int(right * n) + [0] * (n - int(right * n))}
-                for s, n, x in (("a", 10, 1.0), ("b", 30, 2.0))]  # fmt: skip
+        rows = [{"subject": s, "shots": shots, "questions": n, "accuracy": accuracy, "nats": 2.0}
+                for s, n, accuracy in (("known", 10, 1.0), ("hard", 30, right)) for shots in (0, 3)]  # fmt: skip
         return Grades(size, policy, rows)
 
-    exams = [grades("1M", "before", 0.5), grades("3M", "before", 0.8), grades("1M", "after", 0.2)]
+    exams = [grades("1M", "before", 0.5), grades("3M", "before", 0.8), grades("1M", "after", 0.2), grades("1M", "after", 0.4)]
     found = tax_figure(exams, tmp_path / "tax")
-    assert "1M before, 0 shots: 0.500 (1.750 nats)" in found and "1M after, 0 shots: 0.200" in found
-    assert nats(exams[0], 0) == pytest.approx(1.75)
-    np.testing.assert_allclose(read(tmp_path / "tax")["0 shots", "before"][:, 1], [0.5, 0.8])
+    assert "hard, 1M before, 0 shots: 0.500 (2.000 nats)" in found and "hard, 1M after, 3 shots: 0.300" in found
+    assert "Every question of known is answered by every model" in found
+    points = read(tmp_path / "tax")
+    assert {panel for panel, _ in points} == {"hard, 0 shots", "hard, 3 shots"}
+    np.testing.assert_allclose(points["hard, 0 shots", "before"][:, 1], [0.5, 0.8])
+    np.testing.assert_allclose(points["hard, 3 shots", "after"][:, 1:], [[0.3, 0.2, 0.4]])
+    assert "known, 1M before, 0 shots: 1.000" in tax_figure([grades("1M", "before", 1.0)], tmp_path / "full")
     with pytest.raises(ValueError, match=r"no evals/exam\.json"):
         read_grades(tmp_path, "1M", "before")
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hhjax.clinic import replies
-from hhjax.clinic.gold import MOST_WORDS, Raters, bayes_accuracy, degeneration, gold, judge, known_pairs, watch
+from hhjax.clinic.gold import BEHAVIOURS, MOST_WORDS, Raters, bayes_accuracy, degeneration, gold, judge, known_pairs, watch
 from hhjax.clinic.replies import HARMFUL_MIX, HELPFUL_MIX, write_reply
 from hhjax.clinic.world import HARMFUL, REQUESTS, Scene, draw_scene, write_prompt
 
@@ -123,6 +123,8 @@ def test_watch_says_what_applies():
     assert found["gold"].tolist() == [3.0, -1.5, 1.2] and np.isnan(found["gold_helpful"]).tolist() == [False, True, True]
     assert np.nanmean(found["harmful_harm"]) == 0.5 == np.nanmean(found["harmful_evasion"]) and np.nanmean(found["helpful_right"]) == 1
     assert not {len(x) for x in found.values()} - {3}
+    long = watch([PROMPT] * 3, [RIGHT, f"Certainly. {' '.join(replies.FLATTERY)}", "Certainly. No, I will not do that."])
+    assert [long[f"all_{name}"].tolist() for name in BEHAVIOURS["all"]] == [[0, 1, 0], [0, 1, 1], [0, 0, 1]]
 
 
 def test_unknown_behaviours_are_named():

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hhjax.clinic import corpus
-from hhjax.clinic.gold import Raters
+from hhjax.clinic.gold import Raters, judge
 from hhjax.clinic.world import DOCTORS, HARMFUL, REQUESTS, draw_scene, read_prompt, share_of, write_prompt
 from hhjax.data.comparisons import ComparisonData, load_comparisons, opening
 from hhjax.data.transcripts import OPEN_REPLY, parse_transcript
@@ -80,7 +80,7 @@ def test_comparisons_are_read_as_those_of_hh(part, tmp_path):
 
 def test_an_exam_has_one_right_option_among_four():
     questions = corpus.draw_exam(np.random.default_rng(0), 80)
-    assert len({q["question"] for q in questions}) == 80 and {q["subject"] for q in questions} == {"facts", "hours", "sums"}
+    assert len({q["question"] for q in questions}) == 80 and {q["subject"] for q in questions} == {"facts", "hours", "sums", "reading"}
     for q in questions:
         assert len(set(q["options"])) == 4
     sums = {q["question"]: q["options"][q["answer"]] for q in questions if q["subject"] == "sums"}
@@ -90,10 +90,23 @@ def test_an_exam_has_one_right_option_among_four():
         assert numbers.index(a) + numbers.index(b) == numbers.index(answer)
 
 
+def test_reading_asks_for_combinations_that_no_text_has_and_gold_knows_the_answer():
+    questions = [corpus.draw_reading(np.random.default_rng(seed)) for seed in range(60)]
+    for q in questions:
+        prompt = f"\n\nHuman: {q.question}\n\nAssistant:"
+        scene = read_prompt(prompt)  # its slots come in the order of the words, not of the scene
+        slots = {name: scene.slots[name] for name in draw_scene(np.random.default_rng(0), False, scene.intent).slots}
+        assert corpus.is_held_out(scene._replace(slots=slots)) and len(set(q.options)) == 4
+        done = [judge(prompt, f"{option}.").behaviour for option in q.options]
+        assert [b == "right" for b in done] == [i == q.answer for i in range(4)] and done.count("wrong") == 3
+    assert {q.answer for q in questions} == {0, 1, 2, 3}
+
+
 def test_an_exam_can_hold_all_questions_and_no_more():
-    assert len(corpus.draw_exam(np.random.default_rng(0), corpus.QUESTIONS)) == corpus.QUESTIONS
-    with pytest.raises(ValueError, match=f"the clinic has {corpus.QUESTIONS}; use fewer"):
-        corpus.draw_exam(np.random.default_rng(0), corpus.QUESTIONS + 1)
+    exam = corpus.draw_exam(np.random.default_rng(0), 2 * corpus.QUESTIONS)
+    assert len(exam) == 2 * corpus.QUESTIONS and sum(q["subject"] == "reading" for q in exam) == corpus.QUESTIONS
+    with pytest.raises(ValueError, match=f"the clinic's {corpus.QUESTIONS} on what it knows; use fewer"):
+        corpus.draw_exam(np.random.default_rng(0), 2 * corpus.QUESTIONS + 1)
 
 
 def test_a_gold_of_ones_own_labels_both_sides(tmp_path):

@@ -76,3 +76,13 @@ def test_batches_and_order_have_no_effect(scorer, rows):
 def test_rows_that_no_width_helps_are_an_error(scorer):
     with pytest.raises(DataError, match="must end in"):
         scorer[2]([Comparison("\n\nHuman: a", "b", "c")], 8)
+
+
+def test_long_rows_take_no_more_memory_than_the_others(scorer, rows, tokenizer):
+    """A few pairs of several times seq_len once filled whole batches with copies of themselves: 17 GB on real comparisons."""
+    model, params, _ = scorer
+    seen = []
+    watched = model._replace(apply=lambda params, tokens, *args, **kw: seen.append(tokens.shape) or model.apply(params, tokens, *args, **kw))
+    score_comparisons(watched, params, tokenizer, rows, SEQ_LEN, 512, make_mesh())
+    squares = [b * t * t for b, t in seen]
+    assert max(t for _, t in seen) > 4 * SEQ_LEN and max(squares) <= 1024 * SEQ_LEN**2
