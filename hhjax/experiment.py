@@ -179,11 +179,13 @@ class PM(Training):
     """A preference model, one epoch at a constant rate (Bai et al. 2022, section 3.1).
 
     init: the LM it starts from, with a fresh score head; or None with `tokenizer` and `model`, for none.
-    objective: (model, loss config) -> LossFn over Pairs.
+    packed: comparisons lie end to end in rows, each prompt once; False gives every reply a row of its own, with its prompt.
+    objective: (model, loss config) -> LossFn over PackedPairs and Pairs (held-out comparisons have rows of their own).
     """
 
     kind: ClassVar[str] = "pm"
     data: ComparisonData = ComparisonData()
+    packed: bool = True
     objective: Callable = preference_objective
     loss: Any = PreferenceLoss()  # whatever frozen dataclass the objective takes
 

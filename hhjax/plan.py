@@ -66,11 +66,11 @@ def describe_training(stage: Training, cfg: ModelConfig) -> Iterator[str]:
 
 
 def update_work(stage: Training, cfg: ModelConfig) -> tuple[int, float]:
-    """Rows and model FLOPs of an update at full width; a pair is two rows."""
+    """Rows and model FLOPs of an update at full width; a pair is two rows, an upper bound of packed ones."""
     if not isinstance(stage, PM):
         return stage.batch_size, roofline.lm_step_flops(cfg, stage.batch_size, stage.seq_len)
-    rows = 2 * stage.batch_size
-    return rows, roofline.pm_step_flops(cfg, rows, stage.seq_len, getattr(stage.loss, "lm_coef", 0.0))
+    logits = stage.batch_size if getattr(stage.loss, "lm_coef", 0.0) else 0
+    return 2 * stage.batch_size, roofline.pm_step_flops(cfg, 2 * stage.batch_size, stage.seq_len, logits)
 
 
 def lower_update(stage: Training, model, optimizer, shardings, mesh):

@@ -28,11 +28,10 @@ def lm_step_flops(cfg: ModelConfig, rows: int, width: int) -> float:
     return 3 * (forward_flops(cfg, rows, width) + logits_flops(cfg, rows * width))
 
 
-def pm_step_flops(cfg: ModelConfig, rows: int, width: int, lm_coef: float = 0.0) -> float:
-    """Model FLOPs of a preference update; rows counts chosen and rejected. With a language-model term the
-    chosen half pays for logits."""
-    logits = logits_flops(cfg, rows // 2 * width) if lm_coef else 0.0
-    return 3 * (forward_flops(cfg, rows, width) + logits)
+def pm_step_flops(cfg: ModelConfig, rows: int, width: int, logits_rows: int = 0) -> float:
+    """Model FLOPs of a preference update. rows: all of them, of chosen and of rejected replies, or packed ones; logits_rows: those that a
+    language-model term pays for."""
+    return 3 * (forward_flops(cfg, rows, width) + logits_flops(cfg, logits_rows * width))
 
 
 def matmul_ceiling(dtype: str = "float32", size: int = 2048, repeats: int = 5) -> float:

@@ -39,11 +39,28 @@ class Pairs(NamedTuple):
     weight: Array
 
 
+class PackedPairs(NamedTuple):
+    """Comparisons laid end to end in rows, each as prompt, chosen reply, rejected reply, so that a prompt is computed once.
+
+    tokens, positions: [R, T] int32; positions begin anew at every prompt, and a rejected reply's go on from its prompt.
+    pair: [R, T] int32, which of its row's pairs a token is of, from 0; -1 is padding. branch: [R, T] int32, 0 the prompt,
+    1 the chosen, 2 the rejected reply. ends: [R, N, 2] int32, where the two `<eoc>` of each pair are.
+    weight: [R, N] f32 as in Pairs, and 0 where a row has fewer than N pairs.
+    """
+
+    tokens: Array
+    positions: Array
+    pair: Array
+    branch: Array
+    ends: Array
+    weight: Array
+
+
 class Model(NamedTuple):
     """A decoder as a record of pure functions; nobody outside `model/` sees flax.
 
     init(key) -> params
-    apply(params, tokens [B, T], positions [B, T] | None, mask [B, T] | None, cache | None)
+    apply(params, tokens [B, T], positions [B, T] | None, mask [B, S] | [B, T, S] | None, cache | None)
         -> (hidden [B, T, D], cache | None)
     logits(params, hidden [..., D]) -> [..., V] f32
     score(params, hidden [..., D]) -> [...] f32, the scalar head

@@ -214,9 +214,11 @@ def log_axis(ax, ticks: Sequence[int], labels: Sequence[str]) -> None:
     ax.minorticks_off()
 
 
-def shared_legend(fig, axes, columns: int = 3) -> float:
-    """One legend above all axes, each label once; returns the `top` that it leaves to the axes, for `finish`."""
+def shared_legend(fig, axes) -> float:
+    """One legend above all axes, each label once, in as many columns as fit; returns the `top` that it leaves to the axes, for `finish`."""
     handles = {label: handle for ax in axes for handle, label in zip(*ax.get_legend_handles_labels())}
+    inches = 0.6 + 0.06 * max(map(len, handles))  # a line, and a text of 8 points
+    columns = max(1, min(3, int(fig.get_size_inches()[0] / inches)))
     fig.legend(handles.values(), handles, fontsize=8, frameon=False, loc="upper center", ncols=columns).set_in_layout(False)
     return 1 - 0.2 * -(-len(handles) // columns) / fig.get_size_inches()[1]
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from hhjax.io.files import write_atomically
 
-TIMING = ("seconds", "tokens_per_s", "flops_per_s", "share_of_ceiling", "memory_gib", "samples_per_s",
+TIMING = ("seconds", "tokens_per_s", "flops_per_s", "share_of_ceiling", "useful_share", "memory_gib", "samples_per_s",
           *(f"{phase}_{unit}" for phase in ("generate", "score", "train") for unit in ("s", "tokens_per_s")))  # may differ between equal runs
 
 

@@ -5,6 +5,7 @@ import math
 import time
 
 import jax
+import numpy as np
 
 from hhjax.experiment import Diverged, StageContext
 from hhjax.io.metrics import Console, MetricsWriter, NullConsole, NullWriter, write_event
@@ -25,19 +26,19 @@ class Progress:
         self.console = Console(name, total) if first else NullConsole()
         self.held = None
         self.interval_began, self.interval_excluded = time.perf_counter(), 0.0
-        self.interval_tokens, self.interval_flops = 0, 0.0
+        self.work = np.zeros(3)  # tokens, positions, FLOPs since the last row
 
-    def count(self, tokens: int, flops: float, timed: bool = True) -> None:
-        """Adds an update's work; with timed=False it counts as seen but not in the rates."""
+    def count(self, tokens: int, positions: int, flops: float, timed: bool = True) -> None:
+        """Adds an update's work: real tokens, the positions computed for them, and FLOPs; with timed=False it counts as seen but not in
+        the rates."""
         self.tokens += tokens
         if timed:
-            self.interval_tokens += tokens
-            self.interval_flops += flops
+            self.work += tokens, positions, flops
 
     def hold(self, step: int, metrics: dict) -> None:
         """Keeps a step's metrics, still on the device, and the work since the last row, until `flush`."""
-        self.held = (step, metrics, self.tokens, self.interval_tokens, self.interval_flops)
-        self.interval_tokens, self.interval_flops = 0, 0.0
+        self.held = (step, metrics, self.tokens, *self.work.tolist())
+        self.work[:] = 0
 
     def flush(self) -> None:
         """Writes the row that is held, which waits for its step. Raises Diverged on a loss that is not finite."""
@@ -70,13 +71,14 @@ class Progress:
         if jax.process_index() == 0:
             write_event(self.ctx.dir, event, **details)
 
-    def rates(self, tokens: int, flops: float) -> dict:
-        """Work over the time since the last row, and the share of the ceiling; {} where nothing was timed."""
+    def rates(self, tokens: float, positions: float, flops: float) -> dict:
+        """Work over the time since the last row, the share of the ceiling, and the share of the computed positions that hold a real
+        token; {} where nothing was timed."""
         seconds = time.perf_counter() - self.interval_began - self.interval_excluded
         if not tokens or seconds <= 0:
             return {}
         rate = {"seconds": seconds, "tokens_per_s": tokens / seconds, "flops_per_s": flops / seconds}
-        return rate | {"share_of_ceiling": flops / seconds / self.ceiling}
+        return rate | {"share_of_ceiling": flops / seconds / self.ceiling, "useful_share": tokens / positions}
 
     @contextlib.contextmanager
     def excluded(self):

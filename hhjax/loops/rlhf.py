@@ -153,7 +153,7 @@ def train(setup: Setup, phases: Phases, state: TrainState, position: dict) -> No
 
 
 def iterate(setup: Setup, phases: Phases, state: TrainState, offsets: dict, beta: float, done: int):
-    """Iteration `done` (from 1): the new state, its row of metrics, and its (tokens, model FLOPs)."""
+    """Iteration `done` (from 1): the new state, its row of metrics, and its work: real tokens, positions, model FLOPs."""
     stage, mesh, seconds, began = setup.stage, setup.mesh, Seconds(), time.perf_counter()
     index, count = batch_host(setup.rollout_mesh)
     batch = setup.prompts.batch(setup.ctx.seed, done - 1, Host(index, count))
@@ -169,7 +169,7 @@ def iterate(setup: Setup, phases: Phases, state: TrainState, offsets: dict, beta
     rates |= {"generate_tokens_per_s": new / seconds.generate, "score_tokens_per_s": tokens / seconds.score,
               "train_tokens_per_s": stage.epochs * tokens / seconds.train,
               "samples_per_s": stage.batch_size / (time.perf_counter() - began), "memory_gib": memory_gib()}  # fmt: skip
-    return state, row | {"beta": beta} | rates, (tokens, iteration_flops(stage, setup.models))
+    return state, row | {"beta": beta} | rates, (tokens, rows.tokens.size, iteration_flops(stage, setup.models))
 
 
 def advance(phases: Phases, state: TrainState, frozen: dict, prompts, key, offsets: dict, beta: float, seconds: Seconds):

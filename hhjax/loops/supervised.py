@@ -10,12 +10,14 @@ import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import jax
 import numpy as np
 
 from hhjax import roofline
+from hhjax.data.packing import PackedSource
 from hhjax.data.stream import Host, LMSource, PairSource
 from hhjax.data.tokenizer import load_tokenizer, train_tokenizer
 from hhjax.experiment import DEFAULT_SIZE, PM, Preempted, StageContext, Tokenizer, Training
@@ -28,10 +30,10 @@ from hhjax.loops import inputs
 from hhjax.loops.progress import Progress
 from hhjax.model.sizes import model_config
 from hhjax.model.transformer import ModelConfig, RunConfig, config_to_json, make_model
-from hhjax.sharding import batch_host, check_batch, make_mesh, param_shardings, put_batch
+from hhjax.sharding import batch_host, batch_ways, check_batch, make_mesh, param_shardings, put_batch
 from hhjax.train.state import TrainState, init_state, make_optimizer, state_shardings
 from hhjax.train.step import make_train_step, shard_step
-from hhjax.types import Batch, LossFn, Model, Pairs
+from hhjax.types import Batch, LossFn, Model, PackedPairs, Pairs
 
 SAMPLE_ROWS = 8
 
@@ -47,7 +49,7 @@ def run(stage: Training, ctx: StageContext) -> None:
     check_batch(stage.batch_size // stage.micro_batches, mesh)
     config, tokenizer, load_parent = starting_point(stage, ctx)
     model = make_model(config, mesh, stage.run)
-    source, held_out = load_sources(stage, ctx, tokenizer)
+    source, held_out = load_sources(stage, ctx, tokenizer, batch_ways(mesh))
     total = total_steps(stage, source)
     optimizer = make_optimizer(stage.optim, total)
     loss = stage.objective(model, stage.loss)
@@ -107,12 +109,11 @@ def load_model(folder: Path, step: int | None, mesh, run: RunConfig = RunConfig(
 
 def make_update(stage: Training, config: ModelConfig, train_step, mesh, progress: Progress):
     """(state, numpy batch) -> (state, metrics), with the work counted; not timed where a new shape is compiled."""
-    compiled = set()
+    compiled, host = set(), Host(*batch_host(mesh))
 
     def update(state, batch):
-        tokens, flops = batch_work(stage, config, batch)
         timed = batch_shape(batch) in compiled
-        progress.count(tokens, flops, timed)
+        progress.count(*batch_work(stage, config, batch, host.count), timed=timed)
         if timed:
             return train_step(state, put_batch(batch, mesh))
         compiled.add(batch_shape(batch))
@@ -189,23 +190,35 @@ def describe_folder(folder: Path, config: ModelConfig, tokenizer, source, seed: 
 
 def sample_rows(batch: Batch, tokenizer) -> Iterator[dict]:
     """The first rows of a batch as text, with their lengths in tokens."""
-    parts = {"chosen": batch.chosen, "rejected": batch.rejected} if isinstance(batch, Pairs) else {"tokens": batch}
     for i in range(min(SAMPLE_ROWS, batch_shape(batch)[0])):
-        for name, rows in parts.items():
-            prompt, length = int(rows.prompt_len[i]), int(rows.length[i])
-            ids = np.asarray(rows.tokens[i]).tolist()
-            text = {"prompt": tokenizer.decode(ids[:prompt]), "text": tokenizer.decode(ids[prompt:length])}
-            yield {"row": i, "part": name, "prompt_len": prompt, "length": length, **text}
+        for name, prompt, rest in parts_of(batch, i):
+            text = {"prompt": tokenizer.decode(prompt), "text": tokenizer.decode(rest)}
+            yield {"row": i, "part": name, "prompt_len": len(prompt), "length": len(prompt) + len(rest), **text}
+
+
+def parts_of(batch: Batch, i: int) -> Iterator[tuple[str, list[int], list[int]]]:
+    """(name, ids of the prompt, ids of what follows) of everything that row i holds."""
+    if isinstance(batch, PackedPairs):
+        for n in range(batch.pair[i].max() + 1):
+            prompt, *replies = (batch.tokens[i][(batch.pair[i] == n) & (batch.branch[i] == b)].tolist() for b in range(3))
+            yield from ((name, prompt, reply) for name, reply in zip(("chosen", "rejected"), replies))
+        return
+    for name, rows in (("chosen", batch.chosen), ("rejected", batch.rejected)) if isinstance(batch, Pairs) else (("tokens", batch),):
+        ids, prompt, length = rows.tokens[i].tolist(), rows.prompt_len[i], rows.length[i]
+        yield name, ids[:prompt], ids[prompt:length]
 
 
 # Data -----------------------------------------------------------------------------------------------------------------
 
 
-def load_sources(stage: Training, ctx: StageContext, tokenizer):
-    """The training rows, and at most `eval_rows` held-out ones. The counts go to events.jsonl and the console."""
+def load_sources(stage: Training, ctx: StageContext, tokenizer, ways: int = 1):
+    """The training rows, and at most `eval_rows` held-out ones. The counts go to events.jsonl and the console. ways: how many shards
+    a batch's rows are cut into."""
     if isinstance(stage, PM):
         (train, report), (test, _) = (inputs.comparisons(stage.data, split, ctx.data_dir, ctx.parents) for split in ("train", "test"))
-        source, held_out = (PairSource(rows, tokenizer, stage.seq_len, stage.batch_size) for rows in (train, test))
+        held_out = PairSource(test, tokenizer, stage.seq_len, stage.batch_size)
+        layout = partial(PackedSource, multiple=ways * stage.micro_batches) if stage.packed else PairSource
+        source = layout(train, tokenizer, stage.seq_len, stage.batch_size)
         details = {"report": str(report), "truncated": source.truncated, "too_long": source.too_long}
     else:
         train, test = (inputs.documents(stage.data, split, ctx.data_dir, ctx.parents) for split in ("train", "test"))
@@ -235,19 +248,23 @@ def prefetch(source, seed: int, start: int, stop: int, host: Host) -> Iterator[B
 
 
 def batch_shape(batch: Batch) -> tuple[int, int]:
-    """(examples, width in tokens)."""
+    """(rows, width in tokens); of Pairs the rows of one side."""
     return (batch.chosen if isinstance(batch, Pairs) else batch).tokens.shape
 
 
-def batch_work(stage: Training, config: ModelConfig, batch: Batch) -> tuple[int, float]:
-    """Real tokens of a global batch and the model FLOPs of an update on it, from this host's share."""
+def batch_work(stage: Training, config: ModelConfig, batch: Batch, hosts: int = 1) -> tuple[int, int, float]:
+    """Real tokens of a global batch, the positions that they lie in, and the model FLOPs of an update on it, from one host's share."""
     rows, width = batch_shape(batch)
-    hosts = stage.batch_size // rows
-    if not isinstance(batch, Pairs):
-        return hosts * int(batch.length.sum()), roofline.lm_step_flops(config, hosts * rows, width)
-    tokens = int(batch.chosen.length.sum() + batch.rejected.length.sum())
-    lm_coef = getattr(stage.loss, "lm_coef", 0.0)
-    return hosts * tokens, roofline.pm_step_flops(config, hosts * 2 * rows, width, lm_coef)
+    logits = hosts * rows if getattr(stage.loss, "lm_coef", 0.0) else 0
+    if isinstance(batch, PackedPairs):
+        tokens, flops = (batch.pair >= 0).sum(), roofline.pm_step_flops(config, hosts * rows, width, logits)
+    elif isinstance(batch, Pairs):
+        tokens = batch.chosen.length.sum() + batch.rejected.length.sum()
+        rows *= 2
+        flops = roofline.pm_step_flops(config, hosts * rows, width, logits)
+    else:
+        tokens, flops = batch.length.sum(), roofline.lm_step_flops(config, hosts * rows, width)
+    return hosts * int(tokens), hosts * rows * width, flops
 
 
 # Evaluation, watchdog -------------------------------------------------------------------------------------------------

@@ -138,13 +138,14 @@ def make_model(cfg: ModelConfig, mesh=None, run: RunConfig = RunConfig()) -> Mod
         """tokens [B, T] -> (final normed hidden [B, T, D], cache).
 
         positions: [B, T], 0.. by default; with a cache, consecutive from positions[:, 0].
-        mask: [B, S] keys that exist, beyond causality; right padding needs none.
+        mask: [B, S] keys that exist, beyond causality; right padding needs none. Or [B, T, S] keys that each token may see,
+        causality included, for rows whose order is not that of their positions.
         """
         # One row of positions and one mask where every row has the same: [1, T], [1, T, S] instead of [B, ...].
         positions = jnp.arange(tokens.shape[1])[None] if positions is None else positions
         key_positions = positions if cache is None else jnp.arange(cache.keys[0].shape[2])[None]
-        visible = key_positions[:, None, :] <= positions[:, :, None]
-        visible = visible if mask is None else visible & mask[:, None, :]
+        causal = key_positions[:, None, :] <= positions[:, :, None]
+        visible = causal if mask is None else mask if mask.ndim == 3 else causal & mask[:, None, :]
         where = Where(positions, *rotation(cfg, positions), jnp.where(visible, 0.0, -1e30))
         x = pin(gather(params["embed"], axes["embed"])[tokens].astype(dtype))
 

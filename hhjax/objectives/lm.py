@@ -51,8 +51,8 @@ def next_tokens(batch: Tokens):
 def chunked_nll(model: Model, params, hidden, targets, mask, chunk: int):
     """Sum over positions of the masked nll and of correct guesses, per row, a chunk of positions at a time.
 
-    hidden: [B, T, D]; targets, mask: [B, T]. Returns (nll [B], correct [B]) f32. Logits are recomputed
-    in the backward pass, so at most [B, chunk, V] of them exist.
+    hidden: [B, T, D]; targets, mask: [B, T], a mask of numbers weighs the positions above 0. Returns (nll [B], correct [B]) f32.
+    Logits are recomputed in the backward pass, so at most [B, chunk, V] of them exist.
     """
     b, t = targets.shape
     chunk = min(chunk or t, t)
@@ -65,7 +65,7 @@ def chunked_nll(model: Model, params, hidden, targets, mask, chunk: int):
     def one(sums, part):
         hidden, targets, mask = part
         found = token_nll(model.logits(params, hidden), targets)
-        return tuple(s + masked_sum(x, mask, -1) for s, x in zip(sums, found)), None
+        return tuple(s + masked_sum(mask * x, mask > 0, -1) for s, x in zip(sums, found)), None
 
     zero = jnp.zeros(b, jnp.float32)
     (nll, correct), _ = jax.lax.scan(one, (zero, zero), (split(hidden), split(targets), split(mask)))

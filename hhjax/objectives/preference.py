@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from hhjax.objectives.lm import chunked_nll, next_tokens
 from hhjax.objectives.masked import masked_mean, weighted_mean
-from hhjax.types import LossFn, Model, Pairs, Tokens
+from hhjax.types import LossFn, Model, PackedPairs, Pairs, Tokens
 
 
 @dataclass(frozen=True)
@@ -57,23 +57,59 @@ def end_scores(model: Model, params, rows: Tokens, hidden=None):
     return model.score(params, last)
 
 
-def pair_scores(model: Model, params, pairs: Pairs):
-    """(chosen [B], rejected [B]) scores and the hidden states [B, 2, T, D] they were read from."""
+def pair_scores(model: Model, params, pairs: Pairs | PackedPairs):
+    """Chosen and rejected scores, and the hidden states that they were read from.
+
+    Of Pairs: [B], [B], [B, 2, T, D]. Of PackedPairs: [R, N], [R, N], [R, T, D]; the scores are those of the same pairs in rows of
+    their own. A loss that works element by element and by `weight` takes both.
+    """
+    if isinstance(pairs, PackedPairs):
+        hidden, _ = model.apply(params, pairs.tokens, pairs.positions, packed_mask(pairs))
+        ends = jnp.take_along_axis(hidden, pairs.ends.reshape(len(hidden), -1, 1), axis=1)
+        scores = model.score(params, ends).reshape(pairs.ends.shape)
+        return scores[..., 0], scores[..., 1], hidden
     rows = both_rows(pairs)
     hidden, _ = model.apply(params, rows.tokens)
     scores = end_scores(model, params, rows, hidden).reshape(-1, 2)
     return scores[:, 0], scores[:, 1], hidden.reshape(-1, 2, *hidden.shape[1:])
 
 
+def packed_mask(pairs: PackedPairs):
+    """Which tokens each token may see, [R, T, T] bool: those before it in its own pair, but for the other reply."""
+    t = jnp.arange(pairs.tokens.shape[1])
+    same = pairs.pair[:, :, None] == pairs.pair[:, None, :]
+    shared = (pairs.branch[:, None, :] == 0) | (pairs.branch[:, :, None] == pairs.branch[:, None, :])
+    return same & shared & (t[None, :] <= t[:, None])
+
+
+def chosen_nats(model: Model, params, batch: Pairs | PackedPairs, hidden, chunk: int):
+    """The weighted mean over pairs of the mean nats per token of the chosen dialogue, prompt and reply, but for <eoc>, which a language
+    model never says. hidden: as `pair_scores` returns it."""
+    if isinstance(batch, Pairs):
+        rows = batch.chosen
+        whole = rows._replace(prompt_len=jnp.zeros_like(rows.length), length=rows.length - 1)
+        targets, mask = next_tokens(whole)
+        nll, _ = chunked_nll(model, params, hidden[:, 0], targets, mask, chunk)
+        return weighted_mean(nll / jnp.maximum(jnp.sum(mask, -1), 1), batch.weight)
+    ahead = lambda x, end: jnp.pad(x[:, 1:], ((0, 0), (0, 1)), constant_values=end)  # noqa: E731
+    t = jnp.arange(batch.tokens.shape[1])
+    is_end = jnp.any(batch.ends[..., 0, None] == t, axis=1)  # [R, T]
+    mask = (batch.pair >= 0) & (ahead(batch.pair, -1) == batch.pair) & (ahead(batch.branch, 2) < 2) & ~ahead(is_end, True)
+    which = (batch.pair[:, None] == jnp.arange(batch.weight.shape[1])[:, None]) & mask[:, None]  # [R, N, T]
+    share = batch.weight / jnp.maximum(jnp.sum(which, -1), 1)  # of one token of each pair
+    nll, _ = chunked_nll(model, params, hidden, ahead(batch.tokens, 0), jnp.einsum("rn,rnt->rt", share, which), chunk)
+    return jnp.sum(nll) / jnp.maximum(jnp.sum(batch.weight > 0), 1)
+
+
 def preference_objective(model: Model, cfg: PreferenceLoss = PreferenceLoss()) -> LossFn:
-    """The mean preference loss over `Pairs`, plus `lm_coef` x the chosen dialogues' mean nats per token.
+    """The mean preference loss over `Pairs` or `PackedPairs`, plus `lm_coef` x the chosen dialogues' mean nats per token.
 
     Each pair's loss is multiplied by its weight, lambda for harmless ones: L_help + lambda L_harm of Bai et al. 2022,
     section 5.1.2. The language-model term is a mean over pairs of each row's mean, with the same weights, so that
     micro-batches combine exactly.
     """
 
-    def loss(params, batch: Pairs, key):
+    def loss(params, batch: Pairs | PackedPairs, key):
         del key
         chosen, rejected, hidden = pair_scores(model, params, batch)
         nats = preference_loss(chosen, rejected)
@@ -81,12 +117,7 @@ def preference_objective(model: Model, cfg: PreferenceLoss = PreferenceLoss()) -
         metrics = preference_metrics(chosen, rejected, batch.weight)
         metrics["pm_loss"] = masked_mean(nats, batch.weight > 0)
         if cfg.lm_coef:
-            # The whole dialogue, but for <eoc>: a language model never says that.
-            rows = batch.chosen
-            whole = rows._replace(prompt_len=jnp.zeros_like(rows.length), length=rows.length - 1)
-            targets, mask = next_tokens(whole)
-            nll, _ = chunked_nll(model, params, hidden[:, 0], targets, mask, cfg.lm_chunk)
-            lm = weighted_mean(nll / jnp.maximum(jnp.sum(mask, -1), 1), batch.weight)
+            lm = chosen_nats(model, params, batch, hidden, cfg.lm_chunk)
             total, metrics = total + cfg.lm_coef * lm, metrics | {"lm_loss": lm}
         return total, metrics
 

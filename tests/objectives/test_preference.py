@@ -10,7 +10,7 @@ from hhjax.model.transformer import make_model
 from hhjax.objectives.preference import (
     PreferenceLoss, both_rows, end_scores, pair_scores, preference_loss, preference_metrics, preference_objective,
 )  # fmt: skip
-from hhjax.types import Pairs, Tokens
+from hhjax.types import PackedPairs, Pairs, Tokens
 
 CFG = model_config("0.1M", 100)
 MODEL = make_model(CFG)
@@ -122,3 +122,64 @@ def test_the_language_model_term_is_the_chosen_side_s_nats_per_token():
 def test_metrics_count_every_pair_once():
     m = preference_metrics(jnp.array([1.0, 0.0, 9.0]), jnp.array([0.0, 2.0, 0.0]), jnp.array([3.0, 1.0, 0.0]))
     assert float(m["accuracy"]) == 0.5 and float(m["margin"]) == pytest.approx((1 - 2) / 2)
+
+
+def packed(rows, width=40, most=3):
+    """`rows` of pairs (prompt, chosen, rejected, weight), each a list of ids, as PackedPairs; and the same as Pairs."""
+    shape, flat = (len(rows), width), [pair for row in rows for pair in row]
+    tokens, positions, branch, pair = (np.full(shape, fill, np.int32) for fill in (0, 0, 0, -1))
+    ends, weight = np.zeros((len(rows), most, 2), np.int32), np.zeros((len(rows), most), np.float32)
+    for r, row in enumerate(rows):
+        at = 0
+        for n, (prompt, chosen, rejected, w) in enumerate(row):
+            for b, part in enumerate((prompt, chosen, rejected)):
+                here = np.s_[r, at : at + len(part)]
+                tokens[here], branch[here], pair[here] = part, b, n
+                positions[here] = (len(prompt) if b else 0) + np.arange(len(part))
+                at += len(part)
+                if b:
+                    ends[r, n, b - 1] = at - 1
+            weight[r, n] = w
+
+    def side(index):
+        ids = [p[0] + p[index] for p in flat]
+        lengths = np.array([len(p[0]) for p in flat]), np.array([len(i) for i in ids])
+        return Tokens(np.stack([np.pad(i, (0, width - len(i))) for i in ids]).astype(np.int32), *lengths)
+
+    return PackedPairs(tokens, positions, pair, branch, ends, weight), Pairs(side(1), side(2), np.array([p[3] for p in flat], np.float32))
+
+
+@pytest.fixture(scope="module")
+def ragged():
+    ids = lambda n, seed: np.random.default_rng(seed).integers(3, CFG.vocab, n).tolist()  # noqa: E731
+    pair = lambda p, c, r, w, seed: (ids(p, seed), ids(c, seed + 1), ids(r, seed + 2), w)  # noqa: E731
+    return packed([[pair(5, 3, 7, 1.0, 0), pair(2, 9, 1, 0.5, 10)], [pair(11, 2, 4, 2.0, 20), pair(1, 1, 3, 1.0, 30), pair(4, 6, 5, 0.0, 40)],
+                   [pair(20, 10, 9, 1.0, 50)]])  # fmt: skip
+
+
+@pytest.mark.parametrize("lm_coef", (0.0, 0.7))
+def test_packed_pairs_give_the_loss_and_gradients_of_two_rows_a_pair(ragged, lm_coef):
+    objective = preference_objective(MODEL, PreferenceLoss(lm_coef=lm_coef, lm_chunk=7))
+    found = [jax.value_and_grad(objective, has_aux=True)(PARAMS, batch, None) for batch in ragged]
+    (values, grads) = zip(*found)
+    assert float(values[0][0]) == pytest.approx(float(values[1][0]), rel=1e-5)
+    for name, x in values[1][1].items():
+        assert float(values[0][1][name]) == pytest.approx(float(x), rel=1e-4, abs=1e-5), name
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5 * max(1, float(jnp.max(jnp.abs(b))))), *grads)
+
+
+def test_packed_scores_are_those_of_rows_of_their_own(ragged):
+    batch, plain = ragged
+    chosen, rejected, _ = pair_scores(MODEL, PARAMS, batch)
+    real = np.array([[True, True, False], [True, True, True], [True, False, False]])
+    np.testing.assert_allclose(np.stack([chosen[real], rejected[real]]), np.stack(pair_scores(MODEL, PARAMS, plain)[:2]), atol=2e-5)
+
+
+def test_packing_needs_its_mask_and_its_positions(ragged):
+    batch, plain = ragged
+    right = pair_scores(MODEL, PARAMS, plain)[1]
+    flat = lambda x: x[batch.weight > 0]  # noqa: E731
+    weighted = np.asarray(right)[np.asarray(plain.weight) > 0]
+    for wrong in (batch._replace(pair=np.zeros_like(batch.pair)), batch._replace(branch=np.zeros_like(batch.branch)),
+                  batch._replace(positions=np.broadcast_to(np.arange(40, dtype=np.int32), batch.positions.shape))):  # fmt: skip
+        assert np.max(np.abs(flat(np.asarray(pair_scores(MODEL, PARAMS, wrong)[1])) - weighted)) > 1e-3

@@ -1,0 +1,84 @@
+"""Packed comparisons: bins hold what fits, rows hold every pair once, batches are balanced and depend on (seed, step, host) alone."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hhjax.data.packing import MOST, PackedSource, first_fit
+from hhjax.data.stream import Host, PairSource
+
+
+@pytest.fixture(scope="module")
+def source(tok, pairs):
+    return PackedSource(pairs, tok, seq_len=160, batch_size=8, multiple=2)
+
+
+def unpacked(batch) -> dict:
+    """(prompt, chosen, rejected) ids -> weight of every pair of a batch."""
+    found = {}
+    for r in range(len(batch.tokens)):
+        for n in range(batch.pair[r].max() + 1):
+            at = [(batch.pair[r] == n) & (batch.branch[r] == b) for b in range(3)]
+            ids = tuple(tuple(batch.tokens[r][mask].tolist()) for mask in at)
+            prompt, *replies = (batch.positions[r][mask] for mask in at)
+            np.testing.assert_array_equal(prompt, np.arange(len(prompt)))
+            for side, reply in enumerate(replies):
+                np.testing.assert_array_equal(reply, len(prompt) + np.arange(len(reply)))
+                assert batch.ends[r, n, side] == np.flatnonzero(at[1 + side])[-1]
+            found[ids] = float(batch.weight[r, n])
+    return found
+
+
+def in_two_rows(batch) -> dict:
+    """The same of Pairs."""
+    found = {}
+    for i in range(len(batch.weight)):
+        sides = [(t.tokens[i].tolist(), t.prompt_len[i], t.length[i]) for t in (batch.chosen, batch.rejected)]
+        found[tuple(sides[0][0][: sides[0][1]]), *(tuple(ids[p:n]) for ids, p, n in sides)] = float(batch.weight[i])
+    return found
+
+
+@given(st.lists(st.integers(1, 50), max_size=60), st.integers(1, 5))
+def test_bins_hold_everything_once_and_no_more_than_fits(lengths, most):
+    bins = first_fit(lengths, 50, most)
+    assert sorted(i for members in bins for i in members) == list(range(len(lengths)))
+    assert all(0 < len(members) <= most and sum(lengths[i] for i in members) <= 50 for members in bins)
+    assert len(bins) >= sum(lengths) / 50 and sum(sum(lengths[i] for i in m) <= 25 and len(m) < most for m in bins) <= 1
+
+
+def test_a_packed_batch_holds_the_pairs_of_a_plain_one(tok, pairs, source):
+    plain, rows = PairSource(pairs, tok, 160, 8), np.array([3, 11, 0, 25, 7, 19, 30, 2])
+    packed = source.take(rows)
+    assert unpacked(packed) == in_two_rows(plain.take(rows)) and len(unpacked(packed)) == 8
+    assert (source.truncated, source.too_long, source.size) == (plain.truncated, plain.too_long, plain.size)
+    assert np.sum(packed.weight > 0) == 8 and packed.weight.shape[1] == min(8, MOST)
+    assert np.all((packed.tokens == tok.pad_id) == (packed.pair < 0))
+
+
+def test_every_pair_once_an_epoch_and_another_order_in_the_next(source):
+    epochs = [np.concatenate([source.rows_of(5, step) for step in range(e * source.steps_per_epoch, (e + 1) * source.steps_per_epoch)])
+              for e in range(2)]  # fmt: skip
+    for rows in epochs:
+        assert len(set(rows.tolist())) == len(rows) == source.steps_per_epoch * 8
+    assert epochs[0].tolist() != epochs[1].tolist() and source.rows_of(5, 0).tolist() == epochs[0][:8].tolist()
+
+
+def test_batches_are_balanced(tok, pairs):
+    packed, plain = (kind(pairs * 8, tok, seq_len=160, batch_size=16) for kind in (PackedSource, PairSource))
+    totals = lambda s: [packed.spans[s.rows_of(0, step)].sum() for step in range(s.steps_per_epoch)]  # noqa: E731
+    assert np.std(totals(packed)) < 0.35 * np.std(totals(plain))
+
+
+def test_hosts_bring_their_pairs_in_equally_many_rows(source):
+    whole = source.batch(1, 2)
+    parts = [source.batch(1, 2, Host(i, 2)) for i in range(2)]
+    assert parts[0].tokens.shape == parts[1].tokens.shape
+    assert unpacked(parts[0]) | unpacked(parts[1]) == unpacked(whole) and len(unpacked(parts[0])) == 4
+
+
+def test_rows_divide_by_what_they_must(tok, pairs):
+    source = PackedSource(pairs, tok, seq_len=160, batch_size=8, multiple=6)
+    batch, half = source.batch(0, 0), source.batch(0, 0, Host(1, 2))
+    assert len(batch.tokens) % 6 == 0 and len(half.tokens) % 3 == 0 and source.width % 64 == 0
+    assert np.all(batch.pair[-1] == -1) or len(batch.tokens) == 6
