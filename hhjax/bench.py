@@ -1,9 +1,11 @@
-"""`hhjax bench`: what this machine can do, the denominator of every share a run prints, and how fast PPO is on it."""
+"""`hhjax bench`: what this machine can do, the denominator of every share a run prints, and how fast the steps are on it."""
 
+import contextlib
 import json
 import os
 import platform
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from statistics import median
@@ -11,7 +13,25 @@ from statistics import median
 import jax
 import numpy as np
 
-from hhjax.roofline import attention_ceiling, copy_ceiling, matmul_ceiling
+from hhjax.data.comparisons import Comparison
+from hhjax.data.packing import PackedSource
+from hhjax.data.stream import PairSource
+from hhjax.loops.rlhf import memory_gib
+from hhjax.loops.supervised import compute_dtype
+from hhjax.model.generate import Sampling, generate
+from hhjax.model.sizes import matmul_params, model_config
+from hhjax.model.transformer import ModelConfig, RunConfig, make_model
+from hhjax.objectives.lm import lm_objective
+from hhjax.objectives.preference import end_scores, preference_objective
+from hhjax.roofline import attention_ceiling, copy_ceiling, forward_flops, lm_step_flops, logits_flops, matmul_ceiling, pm_step_flops
+from hhjax.train.state import OptimConfig, init_state, make_optimizer
+from hhjax.train.step import make_train_step
+from hhjax.types import PackedPairs, Tokens, Vocabulary
+
+# Deciles of lengths in tokens of GPT-NeoX's tokenizer: the prompts and replies of the 962 test comparisons of helpful-base and
+# harmless-base, where the two are hardly correlated (0.15).
+HH_PROMPT = (12, 18, 22, 40, 68, 96, 130, 162, 207, 293, 807)
+HH_REPLY = (4, 11, 17, 22, 28, 35, 45, 57, 74, 110, 314)
 
 
 def ceiling(repeats: int = 5) -> dict:
@@ -41,21 +61,196 @@ def ceiling(repeats: int = 5) -> dict:
 
 
 @dataclass(frozen=True)
-class PPOBench:
-    """Whole PPO iterations of random models in the Qwen3 layout, by the loop's own compiled parts: sampling, scores by a PM and a
-    reference, an update of policy and separate value network."""
+class Bench:
+    """What is timed: a rung of sizes.py by name, or without one a decoder in the Qwen3 layout. dtype as RunConfig's; repeats are timed
+    after warmup, one after the other."""
 
+    size: str = ""
     layers: int = 4
     width: int = 256
     heads: int = 4
     mlp_width: int = 1024
     vocab: int = 512
+    dtype: str = "auto"
     batch: int = 16
     prompt: int = 64
     response: int = 64
-    epochs: int = 1
     repeats: int = 10
     warmup: int = 3
+    profile: str = ""  # a folder for a trace of the timed part
+
+    def shape(self) -> ModelConfig:
+        if self.size:
+            return model_config(self.size, self.vocab)
+        return ModelConfig(self.layers, self.width, self.heads, self.heads, self.width // self.heads, self.mlp_width, self.vocab, norm="rms",
+                           gated_mlp=True, activation="silu", qk_norm=True, tied_embeddings=False)  # fmt: skip
+
+    def model(self):
+        return make_model(self.shape(), None, RunConfig(dtype=self.dtype))
+
+    def ceiling(self) -> float:
+        """FLOP/s of matrix products in the dtype that is timed."""
+        return matmul_ceiling(compute_dtype(RunConfig(dtype=self.dtype)), 2048 if jax.default_backend() == "cpu" else 8192)
+
+
+@dataclass(frozen=True)
+class PMBench(Bench):
+    """Updates of a preference model. lengths: "fixed", every prompt and reply full, or "hh", drawn from HH's, at most seq_len a
+    reply with its prompt. packed: as PM.packed. steps go through different batches."""
+
+    lengths: str = "fixed"
+    seq_len: int = 512
+    packed: bool = True
+
+
+@dataclass(frozen=True)
+class PPOBench(Bench):
+    """Whole PPO iterations by the loop's own compiled parts: sampling, scores by a PM and a reference, an update of policy and separate
+    value network."""
+
+    epochs: int = 1
+
+
+class Numbers:
+    """A tokenizer whose words are ids, so that a comparison has the lengths that are asked for."""
+
+    pad_id, eot_id, eoc_id = 0, 1, 2
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        return [[int(word) if word.isdigit() else 3 for word in text.split()] for text in texts]
+
+
+def draw_comparisons(cfg: PMBench, count: int) -> list[Comparison]:
+    """Comparisons of random words. Lengths count headers, <eot> and <eoc>."""
+    if cfg.lengths not in ("fixed", "hh"):
+        raise ValueError(f"lengths {cfg.lengths!r}; choose fixed or hh")
+    rng = np.random.default_rng(0)
+    draw = lambda deciles: int(np.interp(rng.uniform(0, 10), range(11), deciles))  # noqa: E731
+    words = lambda n: " ".join(map(str, rng.integers(4, cfg.vocab, max(1, n - 2))))  # noqa: E731
+    fixed = cfg.lengths == "fixed"
+    found = []
+    for _ in range(count):
+        prompt, *replies = (cfg.prompt, cfg.response, cfg.response) if fixed else (draw(HH_PROMPT), draw(HH_REPLY), draw(HH_REPLY))
+        found.append(Comparison(f"\n\nHuman: {words(prompt)}\n\nAssistant:", *(words(reply) for reply in replies)))
+    return found
+
+
+def lm(cfg: Bench) -> dict:
+    """Updates of a language model on `batch` rows of prompt + response tokens."""
+    model, width = cfg.model(), cfg.prompt + cfg.response
+    full = np.full(cfg.batch, width, np.int32)
+    rng = np.random.default_rng(0)
+    batches = (Tokens(rng.integers(3, cfg.vocab, (cfg.batch, width), np.int32), 0 * full, full) for _ in iter(int, 1))
+    row = time_step(cfg, model, lm_objective(model), batches, lambda batch: lm_step_flops(model.config, cfg.batch, width))
+    return row | {"tokens_per_s": round(cfg.batch * width / row["median_s"], 1)} | about(cfg)
+
+
+def pm(cfg: PMBench) -> dict:
+    """Updates of a preference model: pairs/s, and the share of the computed positions that hold a real token."""
+    model, steps = cfg.model(), cfg.warmup + cfg.repeats
+    seq_len = cfg.prompt + cfg.response if cfg.lengths == "fixed" else cfg.seq_len
+    layout = PackedSource if cfg.packed else PairSource
+    source = layout(draw_comparisons(cfg, cfg.batch * (steps + 8)), Numbers(), seq_len, cfg.batch)
+    batches = [source.batch(0, step) for step in range(min(steps, source.steps_per_epoch))]
+    rows = lambda batch: batch.tokens.shape if cfg.packed else (2 * cfg.batch, batch.chosen.tokens.shape[1])  # noqa: E731
+    real = lambda b: (b.pair >= 0).sum() if isinstance(b, PackedPairs) else b.chosen.length.sum() + b.rejected.length.sum()  # noqa: E731
+    row = time_step(cfg, model, preference_objective(model), iter(batches), lambda batch: pm_step_flops(model.config, *rows(batch)))
+    useful = sum(map(real, batches)) / sum(np.prod(rows(batch)) for batch in batches)
+    return row | {"pairs_per_s": round(cfg.batch / row["mean_s"], 2), "best_pairs_per_s": round(cfg.batch / row["best_s"], 2),
+                  "useful_share": round(float(useful), 3)} | about(cfg)  # fmt: skip
+
+
+def time_step(cfg: Bench, model, loss, batches: Iterator, flops: Callable) -> dict:
+    """Seconds of an update on each of the batches after the warm-up, and the share of this machine's matrix products, read before and
+    after. Where a shape is new it is compiled beforehand: compile_s is the sum of that."""
+    optimizer = make_optimizer(OptimConfig(lr=1e-6), cfg.warmup + cfg.repeats)
+    step = jax.jit(make_train_step(loss, optimizer), donate_argnums=0)
+    state = jax.jit(lambda key: init_state(model.init(key), optimizer, key))(jax.random.key(0))
+    programs, compile_s, timed, work, ceilings = {}, 0.0, [], [], [cfg.ceiling()]
+    with tracing(cfg.profile):
+        for i, batch in zip(range(cfg.warmup + cfg.repeats), batches):
+            shape = jax.tree.leaves(batch)[0].shape
+            if shape not in programs:
+                began = time.perf_counter()
+                programs[shape] = step.lower(state, batch).compile()
+                compile_s += time.perf_counter() - began
+            began = time.perf_counter()
+            state, metrics = programs[shape](state, batch)
+            jax.block_until_ready((state, metrics))
+            if i >= cfg.warmup:
+                timed.append(time.perf_counter() - began)
+                work.append(flops(batch))
+    ceilings.append(cfg.ceiling())
+    return {"median_s": round(median(timed), 6), "mean_s": round(sum(timed) / len(timed), 6), "best_s": round(min(timed), 6),
+            "share_of_ceiling": round(sum(work) / sum(timed) / max(ceilings), 3), "ceiling_gflops": round(max(ceilings) / 1e9, 1),
+            "shapes": len(programs), "compile_s": round(compile_s, 2)}  # fmt: skip
+
+
+def sampling(cfg: Bench) -> dict:
+    """Sampling of `response` tokens after full prompts, none of which can stop: new tokens/s, and the share of the roofline of a decode
+    step, the greater of its bytes (weights and cache) over the copy rate and its FLOPs over the matrix rate."""
+    model, shape = cfg.model(), cfg.shape()
+    vocab = Vocabulary(pad=0, eot=shape.vocab, eoc=1, size=shape.vocab)  # a stop that is never drawn
+    full = np.full(cfg.batch, cfg.prompt, np.int32)
+    prompts = Tokens(np.random.default_rng(0).integers(2, cfg.vocab, (cfg.batch, cfg.prompt), np.int32), full, full)
+    params = jax.jit(model.init)(jax.random.key(0))
+    rows = np.arange(cfg.batch, dtype=np.int32)
+
+    def seconds(tokens: int) -> tuple[list[float], float]:
+        draw = jax.jit(lambda params, key: generate(model, params, prompts, rows, key, vocab, Sampling(tokens)).rows.tokens)
+        began = time.perf_counter()
+        compiled = draw.lower(params, jax.random.key(0)).compile()
+        compile_s = time.perf_counter() - began
+        with tracing(cfg.profile):
+            return time_calls(lambda i: compiled(params, jax.random.key(i)), cfg), compile_s
+
+    whole, compile_s = seconds(cfg.response)
+    prefill, _ = seconds(1)
+    step = (median(whole) - median(prefill)) / (cfg.response - 1)
+    size = 2 if compute_dtype(RunConfig(dtype=cfg.dtype)) == "bfloat16" else 4
+    cached = 2 * shape.layers * shape.kv_heads * shape.head_dim * cfg.batch * (cfg.prompt + cfg.response / 2)
+    moved = size * (matmul_params(shape) + shape.vocab * shape.width + cached)
+    flops = cfg.batch * (forward_flops(shape, 1, 1) + logits_flops(shape, 1)) + 2 * cached * shape.heads / shape.kv_heads
+    floor = max(moved / copy_ceiling(), flops / cfg.ceiling())
+    return {"median_s": round(median(whole), 6), "best_s": round(min(whole), 6), "prefill_s": round(median(prefill), 6),
+            "tokens_per_s": round(cfg.batch * cfg.response / median(whole), 1), "best_tokens_per_s": round(cfg.batch * cfg.response / min(whole), 1),
+            "decode_step_ms": round(1e3 * step, 3), "share_of_roofline": round(floor / step, 3), "compile_s": round(compile_s, 2)} | about(cfg)  # fmt: skip
+
+
+def score(cfg: Bench) -> dict:
+    """Scores by a preference model of `batch` full rows of prompt + response tokens."""
+    model, width = cfg.model(), cfg.prompt + cfg.response
+    full = np.full(cfg.batch, width, np.int32)
+    rows = Tokens(np.random.default_rng(0).integers(3, cfg.vocab, (cfg.batch, width), np.int32), full - cfg.response, full)
+    params = jax.jit(model.init)(jax.random.key(0))
+    began = time.perf_counter()
+    compiled = jax.jit(lambda params, rows: end_scores(model, params, rows)).lower(params, rows).compile()
+    compile_s = time.perf_counter() - began
+    with tracing(cfg.profile):
+        timed = time_calls(lambda i: compiled(params, rows), cfg)
+    work = forward_flops(model.config, cfg.batch, width)
+    return {"median_s": round(median(timed), 6), "best_s": round(min(timed), 6), "rows_per_s": round(cfg.batch / median(timed), 1),
+            "share_of_ceiling": round(work / median(timed) / cfg.ceiling(), 3), "compile_s": round(compile_s, 2)} | about(cfg)  # fmt: skip
+
+
+def time_calls(call: Callable, cfg: Bench) -> list[float]:
+    """Seconds of call(i), each waited for, after the warm-up."""
+    timed = []
+    for i in range(cfg.warmup + cfg.repeats):
+        began = time.perf_counter()
+        jax.block_until_ready(call(i))
+        timed.append(time.perf_counter() - began)
+    return timed[cfg.warmup :]
+
+
+def tracing(folder: str):
+    """A trace of what happens inside, for TensorBoard or Perfetto; nothing where no folder is named."""
+    return jax.profiler.trace(folder) if folder else contextlib.nullcontext()
+
+
+def about(cfg: Bench) -> dict:
+    """What was asked for, and where it ran. memory_gib: the most that a device held, or this process."""
+    return vars(cfg) | {"memory_gib": memory_gib(), "device": jax.devices()[0].device_kind, "jax": jax.__version__, "load": round(os.getloadavg()[0], 2)}
 
 
 def ppo(cfg: PPOBench) -> dict:
@@ -65,20 +260,14 @@ def ppo(cfg: PPOBench) -> dict:
     """
     from hhjax.experiment import PPO
     from hhjax.loops import rlhf
-    from hhjax.model.generate import Sampling
-    from hhjax.model.transformer import ModelConfig, make_model
     from hhjax.sharding import make_mesh, put_batch
-    from hhjax.train.state import OptimConfig, init_state
-    from hhjax.types import Tokens, Vocabulary
 
-    began, mesh = time.perf_counter(), make_mesh()
-    shape = ModelConfig(cfg.layers, cfg.width, cfg.heads, cfg.heads, cfg.width // cfg.heads, cfg.mlp_width, cfg.vocab, norm="rms",
-                        gated_mlp=True, activation="silu", qk_norm=True, tied_embeddings=False)  # fmt: skip
+    began, mesh, shape, run = time.perf_counter(), make_mesh(), cfg.shape(), RunConfig(dtype=cfg.dtype)
     slow = OptimConfig(lr=1e-6)
-    stage = PPO("bench", policy="./policy", reward="./pm", prompt_len=cfg.prompt, batch_size=cfg.batch, epochs=cfg.epochs,
+    stage = PPO("bench", policy="./policy", reward="./pm", prompt_len=cfg.prompt, batch_size=cfg.batch, epochs=cfg.epochs, run=run,
                 sampling=Sampling(cfg.response), optim=slow, value_optim=slow)  # fmt: skip
-    models = dict.fromkeys(("policy", "kl_to", "reward", "value"), make_model(shape, mesh))
-    vocab = Vocabulary(pad=0, eot=cfg.vocab, eoc=1, size=cfg.vocab)  # a stop that is never drawn
+    models = dict.fromkeys(("policy", "kl_to", "reward", "value"), make_model(shape, mesh, run))
+    vocab = Vocabulary(pad=0, eot=shape.vocab, eoc=1, size=shape.vocab)  # a stop that is never drawn
     optimizer = rlhf.ppo_optimizer(stage)
     shardings = rlhf.ppo_shardings(optimizer, models, mesh)
     init = jax.jit(models["policy"].init, out_shardings=shardings.params["policy"])
@@ -104,17 +293,14 @@ def ppo(cfg: PPOBench) -> dict:
     phases_s = {f"{name}_s": round(median(r[name] for r in timed), 4) for name in ("generate", "score", "train")}
     train = 3 * cfg.epochs * sum(iteration_forwards(shape, cfg))
     return {
-        "median_s": round(median(whole), 4), "best_s": round(min(whole), 4), **phases_s,
+        "median_s": round(median(whole), 6), "best_s": round(min(whole), 6), **phases_s,
         "samples_per_s": round(cfg.batch / median(whole), 2), "best_samples_per_s": round(cfg.batch / min(whole), 2),
-        "train_share_of_ceiling": round(train / phases_s["train_s"] / matmul_ceiling(), 3), "first_step_s": round(first, 2),
-        **vars(cfg), "device": jax.devices()[0].device_kind, "jax": jax.__version__, "load": round(os.getloadavg()[0], 2),
-    }  # fmt: skip
+        "train_share_of_ceiling": round(train / phases_s["train_s"] / cfg.ceiling(), 3), "first_step_s": round(first, 2),
+    } | about(cfg)  # fmt: skip
 
 
 def iteration_forwards(shape, cfg: PPOBench) -> tuple[float, float]:
     """Model FLOPs of a forward of the policy, with logits of the reply, and of the value network."""
-    from hhjax.roofline import forward_flops, logits_flops
-
     blocks = forward_flops(shape, cfg.batch, cfg.prompt + cfg.response)
     return blocks + logits_flops(shape, cfg.batch * cfg.response), blocks
 

@@ -26,7 +26,7 @@ USAGE = """usage: hhjax COMMAND
   chat RUN              talk to a trained model
   check-data PATH       report the malformed rows of comparison files
   tokenizer train       train a SentencePiece tokenizer on text
-  bench ceiling|ppo     what this machine's matrix products reach; seconds of a PPO iteration"""
+  bench WHAT            ceiling (what this machine's matrix products reach), lm, pm, generate, score, ppo: seconds, rates, shares of that"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -186,15 +186,18 @@ def tokenizer(argv: Sequence[str]) -> int:
 
 
 def bench(argv: Sequence[str]) -> int:
-    if not argv or argv[0] not in ("ceiling", "ppo"):
-        print("usage: hhjax bench ceiling|ppo", file=sys.stderr)
-        return 0 if argv and argv[0] in ("-h", "--help") else 2
     from hhjax import bench
 
+    timed = {"lm": (bench.lm, bench.Bench), "pm": (bench.pm, bench.PMBench), "generate": (bench.sampling, bench.Bench),
+             "score": (bench.score, bench.Bench), "ppo": (bench.ppo, bench.PPOBench)}  # fmt: skip
+    if not argv or argv[0] not in ("ceiling", *timed):
+        print(f"usage: hhjax bench {'|'.join(('ceiling', *timed))} [--help]", file=sys.stderr)
+        return 0 if argv and argv[0] in ("-h", "--help") else 2
     if argv[0] == "ceiling":
         print(bench.report(bench.ceiling()))
     else:
-        print(json.dumps(bench.ppo(tyro.cli(bench.PPOBench, args=argv[1:], prog="hhjax bench ppo"))))
+        measure, config = timed[argv[0]]
+        print(json.dumps({"bench": argv[0]} | measure(tyro.cli(config, args=argv[1:], prog=f"hhjax bench {argv[0]}"))))
     return 0
 
 
