@@ -186,25 +186,27 @@ def reward_figure(curves: Sequence[Curve], best: Sequence[Best], path: Path, mos
     groups = defaultdict(list)
     for curve in {curve.dir.resolve(): curve for curve in reversed(curves)}.values():
         groups[curve.label].insert(0, curve)
-    if len({label.partition(": ")[0] for label in groups}) == 1:
+    several = len({label.partition(": ")[0] for label in groups}) > 1
+    if not several:
         groups = {label.partition(": ")[2] or label: group for label, group in groups.items()}
     fig, axes = plt.subplots(1, 2, figsize=(10.5, 4.4), sharey=True)
     found, panels = [], {"samples": [], "sqrt_kl": []}
     for color, (label, group) in zip(COLORS * len(groups), groups.items()):
         for number, curve in enumerate(group):
+            run = f"{label.partition(': ')[0]}: {curve.run}" if several else curve.run
             for style, (pm, score) in zip(("-", *["--", ":", "-."] * len(curve.scores)), curve.scores.items()):
                 role = "train" if style == "-" else "test"
                 name = f"{label}: {role} {pm}" if number == 0 else None
                 for ax, x, panel in ((axes[0], curve.samples, "samples"), (axes[1], smoothed(curve.sqrt_kl), "sqrt_kl")):
                     ax.plot(x, smoothed(score), style, color=color, lw=1.3, alpha=0.8, label=name if panel == "samples" else None)
                     raw = curve.samples if panel == "samples" else curve.sqrt_kl
-                    panels[panel].append(Line(f"{curve.run}: {role} {pm}", raw, score, score, score))
+                    panels[panel].append(Line(f"{run}: {role} {pm}", raw, score, score, score))
             if curve.gold is not None:
                 for ax, x, panel in ((axes[0], curve.samples, "samples"), (axes[1], smoothed(curve.sqrt_kl), "sqrt_kl")):
                     name = f"{label}: gold" if number == 0 and panel == "samples" else None
                     ax.plot(x, smoothed(curve.gold), color=color, lw=2.6, alpha=0.35, label=name)
                     raw = curve.samples if panel == "samples" else curve.sqrt_kl
-                    panels[panel].append(Line(f"{curve.run}: gold", raw, curve.gold, curve.gold, curve.gold))
+                    panels[panel].append(Line(f"{run}: gold", raw, curve.gold, curve.gold, curve.gold))
         found.append(fits_in_words(label, group, axes[1], color, most))
     for number, stage in enumerate(best):
         for marker, (pm, score) in zip("os^Dv<>*" * len(stage.scores), stage.scores.items()):

@@ -80,6 +80,14 @@ def test_the_figure_holds_the_rows_and_says_the_fit(index, read, tmp_path):
     assert "up to 1.0" in reward_figure(curves, [], tmp_path / "less", most=1.0)
 
 
+def test_experiments_are_told_apart_where_there_are_several(index, read, tmp_path):
+    curves, _ = load_curves(index)
+    other = curves[1]._replace(label="other: lm.model=0.4M", run=curves[0].run)
+    found = reward_figure([curves[0], other], [], tmp_path / "both")
+    assert "rlhf: lm.model=0.4M, sqrt" in found and "other: lm.model=0.4M, sqrt" in found
+    assert {"rlhf: lm.model=0.4M,seed=0: train pm", "other: lm.model=0.4M,seed=0: train pm"} <= {name for _, name in read(tmp_path / "both")}
+
+
 def test_the_peak_of_a_curve_that_turns():
     x, rng = np.linspace(0, 3, 300), np.random.default_rng(0)
     peak = find_peak(x, 1 - (x - 1) ** 2 + 0.05 * rng.normal(size=300))
