@@ -118,9 +118,17 @@ def test_what_is_watched_is_logged_of_the_very_replies(pipeline, context, tmp_pa
 
 
 def test_a_stopped_run_goes_on_as_if_nothing_had_been(finished, pipeline, context, tmp_path):
+    """An iteration polls three times and a look at held-out prompts twice; the means at the start are a look too."""
     stage = make_ppo(pipeline)
-    for stop in (2, 3):  # after iterations 2 and 5
-        with pytest.raises(Preempted, match="saved at iteration"):
+    stops = (
+        (2, "done anew"),  # in the means
+        (9, "saved at iteration 1 of"),  # between sampling and scoring of the second
+        (7, "saved at iteration 3 of"),  # in the look after the third
+        (1, "done anew"),  # in that look again
+        (5, "saved at iteration 4 of"),
+    )
+    for stop, said in stops:
+        with pytest.raises(Preempted, match=said):
             rlhf.run(stage, context(stage, tmp_path / "run", stop_after=stop))
     rlhf.run(stage, context(stage, tmp_path / "run"))
     assert without_times(tmp_path / "run") == without_times(finished)
