@@ -32,6 +32,8 @@ class LaunchConfig:
     """This stage alone; what it needs must be done."""
     out: Path = Path("runs")
     """Where run directories are."""
+    checkpoints: str | None = None
+    """Where checkpoints are, if not in the run directories: a folder, or gs://BUCKET/PREFIX (needs gcsfs)."""
     seed: int | None = None
     """Replaces the experiment's seed."""
     data_dir: Path | None = None

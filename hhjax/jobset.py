@@ -84,9 +84,9 @@ def jobset(name: str, command: Sequence[str], pod: Pod) -> dict:
         "resources": {"limits": {"google.com/tpu": chips_per_host(topology)}},
         "volumeMounts": [{"name": "runs", "mountPath": MOUNT}],
     }
-    bucket = {
+    bucket = {  # without a cache: hosts must see each other's files
         "driver": "gcsfuse.csi.storage.gke.io",
-        "volumeAttributes": {"bucketName": pod.bucket, "mountOptions": "implicit-dirs"},
+        "volumeAttributes": {"bucketName": pod.bucket, "mountOptions": "implicit-dirs,metadata-cache:ttl-secs:0"},
     }
     pod_spec = {
         "restartPolicy": "Never",  # which podFailurePolicy asks for

@@ -20,7 +20,7 @@ from hhjax.cluster import agreed, first_process, is_one_of_many, join_cluster
 from hhjax.experiment import Diverged, Placed, Preempted, Run, StageContext, place, read_config, split_step
 from hhjax.fields import ConfigError
 from hhjax.flags import Command, modules_beside, parse
-from hhjax.io.files import write_atomically
+from hhjax.io.files import POINTER, write_atomically
 from hhjax.io.lock import Held, hold_lock, read_lock
 from hhjax.io.metrics import read_events, write_event
 from hhjax.io.rundir import write_start
@@ -125,10 +125,11 @@ def run_stage(command: Command, run: Run, placed: Placed, should_stop: Callable[
         return
     for ref, parent in placed.parents.items():
         is_stage = split_step(ref)[0] in placed.after or "id" in read_config(parent)
-        if is_stage and not is_done(Path(parent)):
+        if is_stage and not agreed(is_done(Path(parent))):  # others may see process 0's files late
             raise ConfigError(f"{stage.name} needs {ref!r}, which is not done ({parent}); run it first")
     if first_process():
         folder.mkdir(parents=True, exist_ok=True)
+        point_to_checkpoints(folder, command.launch.checkpoints)
     with locked(folder, should_stop, wait):
         tell(f"{run.full_name}: {stage.name} in {folder}")
         if agreed(is_done(folder)):  # by the process that was waited for
@@ -151,6 +152,18 @@ def run_stage(command: Command, run: Run, placed: Placed, should_stop: Callable[
         if first_process():
             write_event(folder, "done")
             write_atomically(folder / "DONE", "")
+
+
+def point_to_checkpoints(folder: Path, root: str | None) -> None:
+    """Says in a new run directory that its checkpoints are under `root`. Raises ConfigError where they are elsewhere already."""
+    if not root:
+        return
+    root = root.rstrip("/") if "://" in root else str(Path(root).absolute())
+    at, pointer, own = f"{root}/{folder.parent.name}/{folder.name}", folder / POINTER, folder / "checkpoints"
+    known = pointer.read_text() if pointer.is_file() else str(own) if own.exists() else at
+    if known != at:
+        raise ConfigError(f"{folder} has its checkpoints in {known}, not in {at}; leave --checkpoints out, or move them")
+    write_atomically(pointer, at)
 
 
 def share_stages(command: Command, placed: Sequence[tuple[Run, Sequence[Placed]]], should_stop: Callable[[], bool]) -> None:

@@ -53,7 +53,8 @@ def main() -> None:
         cells = (state, real.argument_size_in_bytes, temporaries, real.temp_size_in_bytes,
                  temporaries and state + temporaries, real.argument_size_in_bytes + real.temp_size_in_bytes)  # fmt: skip
         name = step.stage.name if step.phase == "update" and step.stage.name != "ppo" else f"{step.stage.name} {step.phase}"
-        print(f"| {name}{f' (cache {cache / MIB:.2f})' if cache else ''} | " + " | ".join("" if c is None else f"{c / MIB:.2f}" for c in cells) + " |", flush=True)
+        name += f" (cache {cache / MIB:.2f})" if cache else ""
+        print(" | ".join([f"| {name}", *("" if c is None else f"{c / MIB:.2f}" for c in cells)]), "|", flush=True)
 
 
 def planned_temporaries(step: pods.Step) -> int | None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from hhjax.fields import ConfigError
-from hhjax.io.files import write_atomically
+from hhjax.io.files import checkpoints_dir, write_atomically
 from hhjax.io.lock import is_alive, read_lock
 from hhjax.io.metrics import read_events, read_rows
 
@@ -142,7 +142,7 @@ def why_not_done(folder: Path) -> tuple[str, str]:
         return "failed", last["message"]
     if state == "diverged":
         return "failed", f"{last['metric']} is not finite at step {last['step']}"
-    saved = max((int(p.stem) for p in folder.glob("checkpoints/*.json") if p.stem.isdigit()), default=None)
+    saved = max((int(p.stem) for p in checkpoints_dir(folder).glob("*.json") if p.stem.isdigit()), default=None)
     ended = "told to stop" if state == "preempted" else "ended without a word"
     return "resumable", f"{ended}, {'nothing saved' if saved is None else f'saved at step {saved}'}"
 
