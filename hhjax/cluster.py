@@ -13,7 +13,8 @@ def join_cluster(heartbeat_timeout_s: int) -> Callable[[], bool]:
 
     Alone too, because it is the cluster's service that hears SIGTERM: a bare process would die unsaved.
     JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID name a cluster; SLURM, Open MPI, Cloud TPU
-    and Kubernetes are found by jax. Raises ConfigError when jax is already in use.
+    and Kubernetes are found by jax; HHJAX_CLUSTER says that there is one to be found where the environment does not, as on
+    bare TPU VMs. Raises ConfigError when jax is already in use.
     """
     import jax
 
@@ -36,7 +37,7 @@ def join_cluster(heartbeat_timeout_s: int) -> Callable[[], bool]:
 
 def is_on_cluster() -> bool:
     """Whether several processes were started together by something that jax knows."""
-    many = any(int(os.environ.get(n, "1") or 1) > 1 for n in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE"))
+    many = bool(os.environ.get("HHJAX_CLUSTER")) or any(int(os.environ.get(n, "1") or 1) > 1 for n in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE"))
     return many or "," in os.environ.get("TPU_WORKER_HOSTNAMES", "") or "JOB_COMPLETION_INDEX" in os.environ
 
 

@@ -184,7 +184,7 @@ def test_vms_new_and_older():
     assert "--accelerator-topology=4x4x4" in created[0] and "--region us-east5" in created[0] and "--size=16" in created[2]
     assert "--provisioning-model=SPOT" in created[1]
     run = shown(TPU / "vm.sh", "--dry-run", "run", "pm", "us-east5-a", "v5p", "hhjax", "run", "f.py")
-    assert "compute ssh pm-HOST" in run and "--worker" not in run and "supervise.sh" in run
+    assert "compute ssh pm-HOST" in run and "--worker" not in run and "HHJAX_CLUSTER=1" in run and "supervise.sh" in run
     older = shown(TPU / "vm.sh", "--dry-run", "--older", "run", "pm", "us-west4-a", "v5e", "hhjax", "run", "f.py")
     assert "compute tpus tpu-vm ssh pm" in older and "--worker=all" in older
     queued = shown(TPU / "vm.sh", "--dry-run", "--older", "create", "pm", "us-west4-a", "v5litepod-16", "v2-alpha-tpuv5-lite", "--spot")

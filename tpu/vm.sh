@@ -91,7 +91,7 @@ case "$verb$older" in
         ;;
     run*)
         [ $# -ge 2 ] || usage
-        on_all "cd hhjax && PATH=\$(echo \$PWD/.venv-py3*/bin):\$PATH tpu/supervise.sh -- tpu/env.sh $(printf '%q ' "$@")"
+        on_all "cd hhjax && PATH=\$(echo \$PWD/.venv-py3*/bin):\$PATH HHJAX_CLUSTER=1 tpu/supervise.sh -- tpu/env.sh $(printf '%q ' "$@")"
         ;;
     stop*) on_all "pkill -TERM -x supervise.sh" ;;
     delete)

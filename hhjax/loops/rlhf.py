@@ -127,7 +127,7 @@ def train(setup: Setup, phases: Phases, state: TrainState, position: dict) -> No
     def stop(done: int) -> NoReturn:
         saver.wait()
         progress.event("preempt", step=done)
-        raise Preempted(f"{stage.name} was told to stop: saved at iteration {done} of {stage.steps}")
+        raise Preempted(f"{stage.name} was told to stop: {f'saved at iteration {done}' if done else 'nothing to save yet'} of {stage.steps}")
 
     with contextlib.closing(progress), contextlib.closing(saver), watchdog():
         rearm_watchdog(stage.watchdog_s)
@@ -142,6 +142,7 @@ def train(setup: Setup, phases: Phases, state: TrainState, position: dict) -> No
                     state, row, work = iterate(setup, phases, state, position["offsets"], beta, done)
             except Preempted:  # before its update: the state is that of the iteration before
                 if saved < done - 1:
+                    progress.require_finite(done - 1, row)
                     save(done - 1)
                 stop(done - 1)
             beta = adapt_beta(beta, stage.kl, row["kl_k1"], stage.batch_size)

@@ -65,6 +65,7 @@ def run(stage: Training, ctx: StageContext) -> None:
     saver = checkpoint.CheckpointWriter(ctx.dir, stage.keep, on_saved=progress.saved)
     with contextlib.closing(progress), contextlib.closing(saver), watchdog():
         update = make_update(stage, config, train_step, mesh, progress)
+        rearm_watchdog(stage.watchdog_s)
         if position["owes_evaluation"]:
             progress.evaluation(position["step"], evaluate(state.params))
         for done, (batch, tokens) in enumerate(prefetch(source, ctx.seed, position["step"], total, host), position["step"] + 1):

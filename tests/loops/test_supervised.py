@@ -296,8 +296,11 @@ def test_sigterm_saves_exits_75_and_goes_on_exactly(start_hhjax, tiny_tokenizer,
     process = start_hhjax(stopped, *args)
     wait_for_rows(process, stopped, 3)
     process.send_signal(signal.SIGTERM)
+    told = time.time()
     finish(process, 75)
     folder = run_folder(stopped)
+    manifests = {int(p.stem): p.stat().st_mtime for p in (folder / "checkpoints").glob("*.json")}
+    assert manifests[max(manifests)] - told < 10  # the commit, not the end of the process
     assert event_names(folder)[-1] == "preempt" and not (folder / "DONE").exists() and not (folder / "LOCK").exists()
     finish(start_hhjax(stopped, *args))
     assert_same_run(folder, run_folder(whole))
