@@ -100,7 +100,8 @@ def status_lines(placed: Sequence[tuple[Run, Sequence[Placed]]], whereabouts: di
     for folder, shared in runs.items():
         state, why = states[folder]
         several = f" and {len(shared) - 1} more" if len(shared) > 1 else ""
-        yield f"{state:<10}{names[folder]:<12}{folder.parent.name}/{folder.name:<32}{shared[0]}{several}{f': {why}' if why else ''}"
+        where = f"{folder.parent.name}/{folder.name}"
+        yield f"{state:<10}{names[folder]:<12}{where:<40}{shared[0]}{several}{f': {why}' if why else ''}"
     found = [state for state, _ in states.values()]
     yield ", ".join(f"{found.count(state)} {state}" for state in dict.fromkeys(found))
 
