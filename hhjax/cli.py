@@ -12,7 +12,7 @@ import tyro
 
 from hhjax.io.metrics import clock, read_events, read_rows
 from hhjax.io.rundir import list_runs, read_state
-from hhjax.process import collect_rarely, keep_compiled, use_huge_pages
+from hhjax.process import collect_rarely, keep_compiled, tell_stacks, use_huge_pages
 
 Positional = tyro.conf.Positional
 
@@ -35,6 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         use_huge_pages()
         keep_compiled()
         collect_rarely()
+        tell_stacks()
         log_once()
     from hhjax.launch import exit_code
 

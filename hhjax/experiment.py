@@ -569,7 +569,7 @@ class StageContext:
 
     dir: the run directory, made and locked; seed: the stage's. parents: reference text as the stage writes it
     (a stage name, `name@step` or a folder) -> that folder; parent_stages: the same -> its config.json ({} if it
-    has none). out: the root of all run directories. should_stop(): poll once an update on every host; once it
+    has none). out: the root of all run directories. should_stop(): poll once an update, or batch, on every host; once it
     says True it stays so, and the loop saves and raises Preempted. A loop returns None when the stage is
     finished (launch then writes DONE), and raises Diverged on a loss that is not finite.
     """
@@ -584,6 +584,11 @@ class StageContext:
     out: Path = Path("runs")
     fast: bool = False
     should_stop: Callable[[], bool] = lambda: False
+
+    def stop_if_told(self) -> None:
+        """A poll where nothing is to be saved: raises Preempted when told to stop."""
+        if self.should_stop():
+            raise Preempted(f"{self.dir.name} was told to stop; what is not saved of it is done anew")
 
     def parent(self, ref: str) -> tuple[Path, int | None]:
         """A reference's folder and the step it asks for (None: the last)."""

@@ -1,5 +1,6 @@
 """From an experiment file and a command line to runs: the file's RUNS, and flags for every field of every stage."""
 
+import contextlib
 import dataclasses
 import fnmatch
 import importlib.util
@@ -32,6 +33,8 @@ class LaunchConfig:
     """This stage alone; what it needs must be done."""
     out: Path = Path("runs")
     """Where run directories are."""
+    checkpoints: str | None = None
+    """Where checkpoints are, if not in the run directories: a folder, or gs://BUCKET/PREFIX (needs gcsfs)."""
     seed: int | None = None
     """Replaces the experiment's seed."""
     data_dir: Path | None = None
@@ -43,7 +46,7 @@ class LaunchConfig:
     fast: bool = False
     """A small version of the experiment, where the file has one."""
     dry_run: bool = False
-    """Show shapes, parameters, FLOPs and memory, and run nothing."""
+    """Show shapes, parameters, FLOPs and memory (sweep: what would be started), and run nothing."""
     print_config: bool = False
     """Show every stage's config and folder, and run nothing."""
     heartbeat_timeout_s: int = 30
@@ -182,11 +185,11 @@ def plain_fields(cls) -> list[tuple]:
 
 
 def attribute_docs(cls) -> dict[str, str]:
-    """Field name -> the text below it in the class's source."""
-    try:
-        lines = inspect.getsource(cls).splitlines()
-    except (OSError, TypeError):
-        return {}
+    """Field name -> the text below it in the source of the class, or of one that it extends."""
+    lines = []
+    for each in reversed(cls.__mro__):
+        with contextlib.suppress(OSError, TypeError):
+            lines += inspect.getsource(each).splitlines()
     pairs = zip(lines, lines[1:])
     return {a.split(":")[0].strip(): b.strip().strip('"') for a, b in pairs if b.strip().startswith('"""') and ":" in a}
 

@@ -16,12 +16,13 @@ import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from hhjax.cluster import agreed, first_process, is_one_of_many, join_cluster
 from hhjax.experiment import Diverged, Placed, Preempted, Run, StageContext, place, read_config, split_step
 from hhjax.fields import ConfigError
 from hhjax.flags import Command, modules_beside, parse
-from hhjax.io.files import write_atomically
-from hhjax.io.lock import Held, hold_lock
-from hhjax.io.metrics import write_event
+from hhjax.io.files import POINTER, write_atomically
+from hhjax.io.lock import Held, hold_lock, read_lock
+from hhjax.io.metrics import read_events, write_event
 from hhjax.io.rundir import write_start
 
 # Exit codes. A hang that the watchdog ends and a crash are 1, a lost peer is 134: both are worth a restart.
@@ -124,11 +125,12 @@ def run_stage(command: Command, run: Run, placed: Placed, should_stop: Callable[
         return
     for ref, parent in placed.parents.items():
         is_stage = split_step(ref)[0] in placed.after or "id" in read_config(parent)
-        if is_stage and not is_done(Path(parent)):
+        if is_stage and not agreed(is_done(Path(parent))):  # others may see process 0's files late
             raise ConfigError(f"{stage.name} needs {ref!r}, which is not done ({parent}); run it first")
     if first_process():
         folder.mkdir(parents=True, exist_ok=True)
-    with locked(folder, wait):
+        point_to_checkpoints(folder, command.launch.checkpoints)
+    with locked(folder, should_stop, wait):
         tell(f"{run.full_name}: {stage.name} in {folder}")
         if agreed(is_done(folder)):  # by the process that was waited for
             return
@@ -137,8 +139,12 @@ def run_stage(command: Command, run: Run, placed: Placed, should_stop: Callable[
             write_event(folder, "start", host=socket.gethostname(), pid=os.getpid())
         try:
             find_loop(stage.kind)(stage, context(command, run, placed, should_stop))
-        except (Preempted, Diverged):
+        except Diverged:
             raise  # the loop has written its event
+        except Preempted:
+            if first_process() and read_events(folder)[-1]["event"] != "preempt":  # where nothing was to be saved
+                write_event(folder, "preempt")
+            raise
         except BaseException as error:
             text = "".join(traceback.format_exception(error))
             write_event(folder, "error", message=f"{type(error).__name__}: {error}", traceback=text)
@@ -146,6 +152,18 @@ def run_stage(command: Command, run: Run, placed: Placed, should_stop: Callable[
         if first_process():
             write_event(folder, "done")
             write_atomically(folder / "DONE", "")
+
+
+def point_to_checkpoints(folder: Path, root: str | None) -> None:
+    """Says in a new run directory that its checkpoints are under `root`. Raises ConfigError where they are elsewhere already."""
+    if not root:
+        return
+    root = root.rstrip("/") if "://" in root else str(Path(root).absolute())
+    at, pointer, own = f"{root}/{folder.parent.name}/{folder.name}", folder / POINTER, folder / "checkpoints"
+    known = pointer.read_text() if pointer.is_file() else str(own) if own.exists() else at
+    if known != at:
+        raise ConfigError(f"{folder} has its checkpoints in {known}, not in {at}; leave --checkpoints out, or move them")
+    write_atomically(pointer, at)
 
 
 def share_stages(command: Command, placed: Sequence[tuple[Run, Sequence[Placed]]], should_stop: Callable[[], bool]) -> None:
@@ -259,99 +277,36 @@ def provenance(command: Command):
     return modules_beside(command.file), line, about | {"processes": jax.process_count()}
 
 
-# The cluster ----------------------------------------------------------------------------------------------------------
-
-
-def join_cluster(heartbeat_timeout_s: int) -> Callable[[], bool]:
-    """Joins the cluster that the environment describes, or one of this process alone, and returns should_stop.
-
-    Alone too, because it is the cluster's service that hears SIGTERM: a bare process would die unsaved.
-    JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID name a cluster; SLURM, Open MPI, Cloud TPU
-    and Kubernetes are found by jax. Raises ConfigError when jax is already in use.
-    """
-    import jax
-
-    beat = {"heartbeat_timeout_seconds": heartbeat_timeout_s}
-    try:
-        if address := os.environ.get("JAX_COORDINATOR_ADDRESS"):
-            count, index = (int(os.environ[f"JAX_{n}"]) for n in ("NUM_PROCESSES", "PROCESS_ID"))
-            jax.distributed.initialize(address, count, index, **beat)
-        elif is_on_cluster():
-            jax.distributed.initialize(**beat)
-        else:
-            jax.distributed.initialize(f"127.0.0.1:{free_port()}", 1, 0, **beat)
-    except RuntimeError as error:
-        if "before any JAX calls" not in " ".join(str(error).split()):
-            raise
-        message = "jax ran before the cluster was joined; an experiment file must not compute at import"
-        raise ConfigError(message) from None
-    return make_should_stop()
-
-
-def is_on_cluster() -> bool:
-    """Whether several processes were started together by something that jax knows."""
-    many = any(int(os.environ.get(n, "1") or 1) > 1 for n in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE"))
-    return many or "," in os.environ.get("TPU_WORKER_HOSTNAMES", "") or "JOB_COMPLETION_INDEX" in os.environ
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
-def make_should_stop() -> Callable[[], bool]:
-    """A poll for preemption (SIGTERM on any host), to be called equally often on every host.
-
-    The answer of `reached_preemption_sync_point` is True for one tick only, and its ticks may never repeat,
-    whatever stage they come from: so the tick is counted and the answer kept here.
-    """
-    from jax.experimental import multihost_utils
-
-    ticks, stopped = 0, False
-
-    def should_stop() -> bool:
-        nonlocal ticks, stopped
-        ticks += 1
-        stopped = stopped or multihost_utils.reached_preemption_sync_point(ticks)
-        return stopped
-
-    return should_stop
-
-
-def is_one_of_many() -> bool:
-    """Whether this process has joined a cluster of several; asks without starting a backend."""
-    jax = sys.modules.get("jax")
-    return jax is not None and jax.distributed.is_initialized() and jax.process_count() > 1
-
-
-def first_process() -> bool:
-    import jax
-
-    return jax.process_index() == 0
-
-
-def agreed(value: bool) -> bool:
-    """Process 0's value, on every process."""
-    import jax
-
-    if jax.process_count() == 1:
-        return value
-    from jax.experimental import multihost_utils
-
-    return bool(multihost_utils.broadcast_one_to_all(value))
+# Together ------------------------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
-def locked(folder: Path, wait: bool = True):
-    """The folder's LOCK in the hands of process 0; the others go on once it has it."""
+def locked(folder: Path, should_stop: Callable[[], bool], wait: bool = True):
+    """The folder's LOCK in the hands of process 0; the others go on once it has it. All poll while another holds it.
 
-    def waiting(holder):
-        tell(f"waiting for process {holder['pid']} on {holder['host']}, which is at {folder}")
-
-    with hold_lock(folder, waiting, wait) if first_process() else contextlib.nullcontext():
-        agreed(True)
+    Raises Preempted when told to stop meanwhile, and Held at once where nobody is to wait.
+    """
+    with contextlib.ExitStack() as held:
+        told = False
+        while not agreed(first_process() and take(held, folder, wait)):
+            if not told:
+                holder, told = read_lock(folder / "LOCK"), True
+                tell(f"waiting for process {holder.get('pid')} on {holder.get('host')}, which is at {folder}")
+            if should_stop():
+                raise Preempted(f"told to stop while waiting for {folder}")
+            time.sleep(WAIT_S)
         yield
+
+
+def take(held: contextlib.ExitStack, folder: Path, wait: bool) -> bool:
+    """Whether the folder's LOCK is now this process's, until `held` ends. Raises Held where it is not, unless wait."""
+    try:
+        held.enter_context(hold_lock(folder))
+    except Held:
+        if not wait:
+            raise
+        return False
+    return True
 
 
 def tell(text: str) -> None:

@@ -231,24 +231,30 @@ def formula(step: Step, topology: Topology, positions: int, work: float) -> Esti
 
 
 def lower(step: Step, topology: str):
-    """(the step function lowered for the topology's devices, what is known of it without compiling). facts: mesh, its sizes; held,
-    bytes a device by what they hold; beside, those of them that are no arguments; extent, axis -> torus dimension -> places."""
+    """(the step function lowered for the topology's devices, what is known of it without compiling). facts: as `lower_on`, and extent,
+    axis -> torus dimension -> places."""
     from jax.experimental import topologies
 
-    devices = topologies.get_topology_desc(topology_name=topology, platform="tpu").devices
+    lowered, facts, used = lower_on(step, topologies.get_topology_desc(topology_name=topology, platform="tpu").devices)
+    return lowered, facts | {"extent": extent(used)}
+
+
+def lower_on(step: Step, devices):
+    """(the step function lowered for these devices, facts, the mesh that it uses). facts: mesh, its sizes; held, bytes a device by
+    what they hold; beside, those of them that are no arguments."""
     mesh = make_mesh(step.stage.mesh, devices)
     decode = make_mesh(step.stage.rollout_mesh, devices) if getattr(step.stage, "rollout_mesh", None) else mesh
     check_step(step, mesh)
     dtype = compute_dtype(step.stage.run, mesh)
     held, beside = holdings(step, mesh, decode, dtype)
     used = decode if step.phase == "sample" else mesh
-    facts = {"mesh": dict(used.shape), "held": held, "beside": beside, "extent": extent(used)}
+    facts = {"mesh": dict(used.shape), "held": held, "beside": beside}
     if isinstance(step.stage, Training):
         model = make_model(step.configs["model"], mesh, step.stage.run)
         optimizer = make_optimizer(step.stage.optim, step.stage.steps or 1)
         shardings = state_shardings(optimizer, *shapes_and_places(model.config, mesh), mesh)
-        return lower_update(step.stage, model, optimizer, shardings, mesh), facts
-    return lower_phase(step, mesh, decode, dtype), facts
+        return lower_update(step.stage, model, optimizer, shardings, mesh), facts, used
+    return lower_phase(step, mesh, decode, dtype), facts, used
 
 
 def lower_phase(step: Step, mesh, decode, dtype: str):

@@ -1,5 +1,7 @@
-"""What must be settled before jax is imported: where compiled programs are kept, how Python and the C library manage memory."""
+"""What must be settled before jax is imported: where compiled programs are kept, how Python and the C library manage memory, what
+a process says when it is ended."""
 
+import faulthandler
 import gc
 import os
 import sys
@@ -24,6 +26,12 @@ def collect_rarely() -> None:
     """Makes Python look for unreachable cycles once in 10,000 new objects instead of 700, and through all that live as much
     more rarely: tracing makes objects by the hundred thousand, and each full walk through jax's modules takes 0.1 s."""
     gc.set_threshold(10_000, 10, 10)
+
+
+def tell_stacks() -> None:
+    """Makes a process that is aborted say where each of its threads was, as the watchdog does: of two processes that wait for one
+    another the first watchdog to fire ends the other too, and that may be the one that was stuck."""
+    faulthandler.enable()
 
 
 def use_huge_pages() -> None:

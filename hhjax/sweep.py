@@ -1,28 +1,36 @@
-"""`hhjax sweep FILE --jobs N`: the stages of all runs, each once, as subprocesses, when what they need is done."""
+"""`hhjax sweep FILE`: the stages of all runs, each once, when what they need is done: as processes here, on SLURM or on GKE."""
 
-import glob
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import NamedTuple
 
 from hhjax import launch
 from hhjax.experiment import Placed, Run, place
+from hhjax.fields import ConfigError
 from hhjax.flags import parse
+from hhjax.io.rundir import why_not_done
+from hhjax.jobs import Gke, Job, Local, Slurm
+from hhjax.jobset import Pod
 
 POLL_S = 0.2
+BACKENDS = ("local", "slurm", "gke")
+SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "slurm_sweep.sbatch"
 
 
-class Job(NamedTuple):
-    """One stage to train. needs: folders that must be done first; run, stage: how a subprocess is told."""
+@dataclass(frozen=True)
+class SweepFlags(Pod):
+    """Train the missing stages of all runs."""
 
-    folder: Path
-    run: str
-    stage: str
-    needs: frozenset[Path]
+    status: bool = False
+    """Show every stage's state, and start nothing."""
+    backend: str = "local"
+    """Where stages run: local, --jobs processes at a time; slurm, a batch job each; gke, a JobSet each."""
+    sbatch: str = ""
+    """slurm: options for sbatch, such as --sbatch="--partition=gpu --nodes=2"."""
+    script: Path = SCRIPT
+    """slurm: the batch script."""
 
 
 class Stopped(Exception):
@@ -32,20 +40,40 @@ class Stopped(Exception):
 def run(argv: Sequence[str]) -> int:
     """Trains every missing stage. A failing stage stops only the stages that need it, directly or not.
 
-    Each subprocess is `hhjax run FILE --only RUN --stage STAGE`, with its output in console.log of its
-    folder. Returns 0, or the exit code of the first stage that failed; SIGTERM is passed on, and gives 75.
+    Each job is `hhjax run FILE --only RUN --stage STAGE`. Local: returns 0, or the exit code of the first stage that failed;
+    SIGTERM is passed on, and gives 75. SLURM: returns once all is submitted. GKE: as local, but the JobSets go on.
     """
-    command, _ = parse(argv, "hhjax sweep")
-    flags = [flag for flag in without(argv, ("--jobs", "--only")) if flag != "--share"]  # each stage has a process to itself
-    if command.launch.dry_run or command.launch.print_config:
+    command, options = parse(argv, "hhjax sweep", SweepFlags)
+    flags = passed_on(argv)
+    if command.launch.print_config:
         return launch.run([*flags, "--only", command.launch.only])
     placed = [(r, place(r, command.launch.out, command.launch.data_dir)) for r in command.runs]
+    backend, jobs = make_backend(options, flags), list_jobs(placed)
+    if options.status:
+        print("\n".join(status_lines(placed, {job.folder: backend.whereabouts(job) for job in jobs})))
+        return launch.DONE
+    if command.launch.dry_run:
+        names = {job.folder: job.name for job in jobs}
+        print("\n".join(backend.shown(job, sorted(names[f] for f in job.needs if f in names)) for job in jobs))
+        return launch.DONE
     launch.write_index(command, placed)
+    if options.backend == "slurm":
+        return backend.submit(jobs)
     previous = signal.signal(signal.SIGTERM, raise_stopped)
     try:
-        return schedule(list_jobs(placed), command.launch.jobs, lambda job: start(job, flags))
+        most = len(jobs) if options.backend == "gke" else command.launch.jobs  # Kueue says how many at a time
+        return schedule(jobs, most, backend.start)
     finally:
         signal.signal(signal.SIGTERM, previous)
+
+
+def make_backend(options: SweepFlags, flags: Sequence[str]):
+    """Raises ConfigError on an unknown backend."""
+    if options.backend not in BACKENDS:
+        raise ConfigError(f"--backend {options.backend!r}; choose one of {', '.join(BACKENDS)}")
+    if options.backend == "slurm":
+        return Slurm(flags, options.sbatch, options.script)
+    return Gke(flags, options) if options.backend == "gke" else Local(flags)
 
 
 def list_jobs(placed: Sequence[tuple[Run, Sequence[Placed]]]) -> list[Job]:
@@ -57,6 +85,25 @@ def list_jobs(placed: Sequence[tuple[Run, Sequence[Placed]]]) -> list[Job]:
             if not launch.is_done(p.dir):
                 jobs.setdefault(p.dir, Job(p.dir, run.full_name, p.stage.name, frozenset(folders[n] for n in p.after)))
     return list(jobs.values())
+
+
+def status_lines(placed: Sequence[tuple[Run, Sequence[Placed]]], whereabouts: dict[Path, str]):
+    """A line for every folder, with the runs that share it; then how many there are of each state."""
+    runs, names = {}, {}
+    for run, stages in placed:
+        for p in stages:
+            runs.setdefault(p.dir, []).append(run.full_name)
+            names[p.dir] = p.stage.name
+    states = {folder: why_not_done(folder) for folder in runs}
+    for folder, where in whereabouts.items():  # a cluster has it, and it has not begun or is to go on
+        states[folder] = ("queued", where) if where and states[folder][0] != "running" else states[folder]
+    for folder, shared in runs.items():
+        state, why = states[folder]
+        several = f" and {len(shared) - 1} more" if len(shared) > 1 else ""
+        where = f"{folder.parent.name}/{folder.name}"
+        yield f"{state:<10}{names[folder]:<12}{where:<40}{shared[0]}{several}{f': {why}' if why else ''}"
+    found = [state for state, _ in states.values()]
+    yield ", ".join(f"{found.count(state)} {state}" for state in dict.fromkeys(found))
 
 
 def schedule(jobs: list[Job], most: int, start) -> int:
@@ -78,7 +125,8 @@ def schedule(jobs: list[Job], most: int, start) -> int:
                 code = running.pop(job).returncode
                 print(f"{'done' if code == 0 else f'FAILED ({code})'}: {job.stage} of {job.run}", flush=True)
                 if code:
-                    print(f"  see {job.folder / 'console.log'}", flush=True)
+                    if (log := job.folder / "console.log").exists():
+                        print(f"  see {log}", flush=True)
                     lost.add(job.folder)
                     first_failure = first_failure or code
             time.sleep(POLL_S)
@@ -91,21 +139,18 @@ def schedule(jobs: list[Job], most: int, start) -> int:
     return first_failure
 
 
-def start(job: Job, flags: Sequence[str]) -> subprocess.Popen:
-    """The stage in a process of its own."""
-    job.folder.mkdir(parents=True, exist_ok=True)
-    argv = ["run", *flags, "--only", glob.escape(job.run), "--stage", job.stage]
-    with (job.folder / "console.log").open("ab") as log:
-        to_log = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": subprocess.STDOUT}
-        return subprocess.Popen([sys.executable, "-m", "hhjax.cli", *argv], **to_log)
+def passed_on(argv: Sequence[str]) -> list[str]:
+    """FILE and the flags that `hhjax run` takes for one stage."""
+    names = ["--" + f.name.replace("_", "-") for f in fields(SweepFlags) if f.name != "status"]
+    return without(argv, (*names, "--jobs", "--only"), ("--share", "--status", "--dry-run"))
 
 
-def without(args: Sequence[str], names: Sequence[str]) -> list[str]:
-    """The arguments without these flags and their values."""
+def without(args: Sequence[str], names: Sequence[str], switches: Sequence[str] = ()) -> list[str]:
+    """The arguments without these flags and their values, and without these switches."""
     kept, skip = [], False
     for a in args:
         name, _, value = a.partition("=")
-        if not skip and name not in names:
+        if not skip and name not in (*names, *switches):
             kept.append(a)
         skip = not skip and name in names and not value
     return kept

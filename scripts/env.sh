@@ -1,7 +1,8 @@
+# shellcheck shell=bash disable=SC2034
 # Sourced by quickstart.sh and test.sh: finds Python 3.11 or 3.12, makes .venv-py3XX from the lock file, installs hhjax.
 # Sets PY (the interpreter) and HH (the hhjax command). HHJAX_PYTHON picks an interpreter.
 
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
 
 find_python() {
     local candidate

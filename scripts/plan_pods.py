@@ -30,6 +30,8 @@ by libtpu {libtpu} and jax {jax} on a machine without a TPU. **Nothing here was 
 - *MFU* counts model FLOPs by formula; recomputation is not among them.
 """
 
+CHECKED = "## Against a compiler that can run it"  # a section that is not made here, and stays
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -53,7 +55,8 @@ def main() -> None:
     parts += [section(chip, {s: plan for (c, s), plan in found.items() if c == chip}) for chip in options.chips.split(",")]
     missing = [f"{size} on {chip}" for size in options.sizes.split(",") for chip in options.chips.split(",") if (chip, size) not in found]
     parts += [f"Not planned yet: {', '.join(missing)}.\n"] if missing else []
-    options.out.write_text("\n".join(parts))
+    _, mark, checked = options.out.read_text().partition(CHECKED) if options.out.is_file() else ("", "", "")
+    options.out.write_text("\n".join([*parts, mark + checked] if mark else parts))
     print(f"{len(found)} plans in {options.out}")
 
 

@@ -107,7 +107,7 @@ def start_hhjax(tiny_data):
 @pytest.fixture(scope="session")
 def start_two(start_hhjax):
     """start_two(folder, *args, devices=1) -> `hhjax ARGS` as a cluster of two processes, each with so many devices."""
-    from hhjax.launch import free_port
+    from hhjax.cluster import free_port
 
     def start(folder, *args, devices=1):
         cluster = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free_port()}", "JAX_NUM_PROCESSES": "2"}

@@ -108,6 +108,22 @@ def test_a_hugging_face_folder_is_a_parent(chain, hugging_face_folder):
     assert config["identity"]["init"] == folder_digest(hugging_face_folder)
 
 
+def test_checkpoints_may_be_elsewhere(chain):
+    """A child finds its parent's there, and a later command needs not say it again."""
+    assert launch.run(["chain.py", "--only", "seed=0", "--checkpoints", "elsewhere"]) == 0
+    [lm], [pm] = ((chain / "runs" / kind).iterdir() for kind in ("lm", "pm"))
+    for folder in (lm, pm):
+        assert not (folder / "checkpoints").exists()
+        assert (chain / "elsewhere" / folder.parent.name / folder.name / "2.json").is_file()
+    (pm / "DONE").unlink()
+    with pytest.raises(ConfigError, match="has its checkpoints in .*elsewhere.*, not in /other"):
+        launch.run(["chain.py", "--only", "seed=0", "--checkpoints", "/other"])
+    assert launch.run(["chain.py", "--only", "seed=0", "--checkpoints", "elsewhere"]) == 0
+    (pm / "DONE").unlink()
+    assert launch.run(["chain.py", "--only", "seed=0"]) == 0
+    assert [e["step"] for e in read_events(pm) if e["event"] == "restore"] == [2, 2]
+
+
 def test_a_folder_of_another_config_is_refused_by_field(chain):
     assert launch.run(["chain.py", "--stage", "tok"]) == 0
     folder = next((chain / "runs/tokenizer").iterdir())

@@ -65,10 +65,10 @@ def test_a_lock_that_another_process_holds_is_not_waited_for(tmp_path):
     code += "with hold_lock(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
     with subprocess.Popen([sys.executable, "-c", code, tmp_path], stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout.readline() == "held\n"
-        with pytest.raises(Held), hold_lock(tmp_path, wait=False):
+        with pytest.raises(Held), hold_lock(tmp_path):
             pass
         other.kill()
-    with hold_lock(tmp_path, wait=False):  # its holder is gone
+    with hold_lock(tmp_path):  # its holder is gone
         assert (tmp_path / "LOCK").exists()
 
 

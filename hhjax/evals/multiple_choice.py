@@ -1,6 +1,6 @@
 """Multiple choice by the probability that a language model gives to each option."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -23,14 +23,14 @@ class Answered(NamedTuple):
 
 
 def ask(model: Model, params, tok: Tokenizer, contexts: Sequence[str], options: Sequence[Sequence[str]], answers: Sequence[int],
-        batch_size: int, mesh) -> list[Answered]:
+        batch_size: int, mesh, poll: Callable[[], None] = lambda: None) -> list[Answered]:
     """Each question as context + option for every option; the option's tokens are scored, summed.
 
     Contexts start a document. Tokens of an option are those past the longest start that context and context + option share, as a
-    tokenizer may join the two.
+    tokenizer may join the two. poll() is called before every batch, on every process.
     """
     rows = [(context, context + option) for context, several in zip(contexts, options) for option in several]
-    scores = iter(option_logps(model, params, tok, rows, batch_size, mesh))
+    scores = iter(option_logps(model, params, tok, rows, batch_size, mesh, poll))
     found = []
     for several, answer in zip(options, answers):
         logps = np.array([next(scores) for _ in several])
@@ -40,7 +40,8 @@ def ask(model: Model, params, tok: Tokenizer, contexts: Sequence[str], options: 
     return found
 
 
-def option_logps(model: Model, params, tok: Tokenizer, rows: Sequence[tuple[str, str]], batch_size: int, mesh) -> np.ndarray:
+def option_logps(model: Model, params, tok: Tokenizer, rows: Sequence[tuple[str, str]], batch_size: int, mesh,
+                 poll: Callable[[], None] = lambda: None) -> np.ndarray:
     """The log-probability of the end of each (start, whole) text past its start, in nats, [len(rows)]."""
     wholes, starts = (tok.encode_batch([row[i] for row in rows]) for i in (1, 0))
     shared = [next((i for i, (a, b) in enumerate(zip(s, w)) if a != b), min(len(s), len(w))) for s, w in zip(starts, wholes)]
@@ -58,6 +59,7 @@ def option_logps(model: Model, params, tok: Tokenizer, rows: Sequence[tuple[str,
     index, count = batch_host(mesh)
     found = np.zeros(len(rows))
     for first in range(0, len(rows), batch_size):
+        poll()
         at = np.minimum(np.arange(first, first + batch_size), len(rows) - 1)
         mine = np.split(at, count)[index]
         tokens = np.full((len(mine), width), tok.pad_id, np.int32)

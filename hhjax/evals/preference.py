@@ -1,6 +1,6 @@
 """Scores of comparisons by a preference model."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
@@ -14,13 +14,13 @@ from hhjax.types import Model
 
 
 def score_comparisons(
-    model: Model, params, tokenizer, rows: Sequence[Comparison], seq_len: int, batch_size: int, mesh
+    model: Model, params, tokenizer, rows: Sequence[Comparison], seq_len: int, batch_size: int, mesh, poll: Callable[[], None] = lambda: None
 ) -> np.ndarray:
     """Chosen and rejected score of every row, [len(rows), 2] f32.
 
     No row is left out: where a reply does not fit in seq_len the pair is scored at the length that it needs,
     since the dropped pairs would not be a random sample. batch_size: of pairs that fit; where the length doubles, attention takes four
-    times the memory a row, and a batch has a quarter of the rows.
+    times the memory a row, and a batch has a quarter of the rows. poll() is called before every batch, on every process.
     """
     scores = np.full((len(rows), 2), np.nan, np.float32)
     left = np.arange(len(rows))
@@ -39,6 +39,7 @@ def score_comparisons(
         left = np.array([i for i in left if id(rows[i]) not in kept], int)
         by_length = np.argsort(source.lengths, kind="stable")
         for start in range(0, len(by_length), batch_size):
+            poll()
             at = by_length[np.minimum(np.arange(start, start + batch_size), len(by_length) - 1)]
             mine = np.split(at, host.count)[host.index]
             found = jax.device_get(score(params, put_batch(source.take(mine, width_of=at), mesh)))

@@ -1,6 +1,6 @@
 """Checkpoints: Orbax writes them, a manifest of checksums says which of them are good.
 
-    checkpoints/<step>/{params,train,position}    committed by one atomic rename
+    checkpoints/<step>/{params,train,position}    committed by one atomic rename; in a bucket, by a file commit_success.txt
     checkpoints/<step>.json                       the manifest, written after the commit
 
 Orbax has no checksum on array data and lists damaged folders as steps, so a step counts only
@@ -9,7 +9,6 @@ if its manifest is there and every leaf restored has the checksum that it record
 
 import json
 import logging
-import shutil
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -19,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
-from hhjax.io.files import write_atomically
+from hhjax.io.files import checkpoints_dir, write_atomically
 
 logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax reports every save at INFO and WARNING
 
@@ -43,7 +42,7 @@ class CheckpointWriter:
         if jax.process_index() == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
             for leftover in self.folder.glob("*.orbax-checkpoint-tmp*"):
-                shutil.rmtree(leftover)
+                leftover.rmtree()
 
     def save(self, step: int, state, position: dict) -> None:
         """Starts to save `state`, a NamedTuple with a field `params`; it may be donated once this returns.
@@ -57,7 +56,9 @@ class CheckpointWriter:
         arrays = {part: ocp.args.StandardSave(leaves) for part, leaves in parts.items()}
         if jax.process_index() == 0:
             manifest_path(self.folder, step).unlink(missing_ok=True)
-        # force: a damaged folder of this step may be in the way.
+            if (self.folder / str(step)).exists():  # a damaged folder of this step
+                (self.folder / str(step)).rmtree()
+        # force: another process may look before that; it only looks.
         args = ocp.args.Composite(**arrays, position=ocp.args.JsonSave(position))
         self.orbax.save(self.folder / str(step), args=args, force=True)
         self.pending = self.thread.submit(self.finish, step, names, sums, position)
@@ -70,7 +71,7 @@ class CheckpointWriter:
             write_atomically(manifest_path(self.folder, step), json.dumps({"leaves": leaves, "position": position}))
             for old in good_steps(self.folder)[: -self.keep]:
                 manifest_path(self.folder, old).unlink()
-                shutil.rmtree(self.folder / str(old))
+                (self.folder / str(old)).rmtree()
         self.on_saved(step)
 
     def wait(self) -> None:
@@ -131,10 +132,6 @@ def read_checksums(run_dir: Path, step: int | None = None) -> dict[str, int]:
     """Leaf name -> checksum, as recorded for `step` (None: the newest good one)."""
     folder = checkpoints_dir(run_dir)
     return read_manifest(folder, good_steps(folder)[-1] if step is None else step)["leaves"]
-
-
-def checkpoints_dir(run_dir: Path) -> Path:
-    return Path(run_dir).absolute() / "checkpoints"
 
 
 # Checksums ------------------------------------------------------------------------------------------------------------

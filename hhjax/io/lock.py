@@ -6,12 +6,11 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 BEAT_S = 10.0
 STALE_S = 120.0  # a heartbeat older than this is nobody's; far above BEAT_S, for slow shared file systems
-POLL_S = 1.0
 
 
 class Held(Exception):
@@ -19,19 +18,12 @@ class Held(Exception):
 
 
 @contextlib.contextmanager
-def hold_lock(folder: Path, on_wait: Callable[[dict], None] = lambda holder: None, wait: bool = True) -> Iterator[None]:
-    """Holds folder/LOCK, with a heartbeat, while the block runs; waits while another live process holds it, or raises Held.
-
-    on_wait(holder) is called once, when there is someone to wait for.
-    """
-    path, waited = folder / "LOCK", False
+def hold_lock(folder: Path) -> Iterator[None]:
+    """Holds folder/LOCK, with a heartbeat, while the block runs. Raises Held while another live process holds it."""
+    path = folder / "LOCK"
     while not take_lock(path):
-        if not wait and is_alive(path):
+        if is_alive(path):
             raise Held(f"{path} is held by {read_lock(path)}")
-        if not waited and (holder := read_lock(path)):
-            on_wait(holder)
-            waited = True
-        time.sleep(POLL_S)
     released = threading.Event()
     heart = threading.Thread(target=beat, args=(path, released), daemon=True)
     heart.start()

@@ -20,13 +20,14 @@ TIMING = ("seconds", "tokens_per_s", "flops_per_s", "share_of_ceiling", "useful_
 class MetricsWriter:
     """Rows of one run, in metrics.jsonl and TensorBoard.
 
-    start: the step the run goes on from; rows after it, and a torn last line, are dropped first.
+    start: the step the run goes on from; rows after it, and a torn last line, are dropped first, and so is the evaluation of
+    that step unless `evaluated`.
     """
 
-    def __init__(self, run_dir: Path, start: int = 0):
+    def __init__(self, run_dir: Path, start: int = 0, evaluated: bool = True):
         from tensorboardX import SummaryWriter
 
-        truncate_rows(run_dir / "metrics.jsonl", start)
+        truncate_rows(run_dir / "metrics.jsonl", start, evaluated)
         self.file = (run_dir / "metrics.jsonl").open("a", encoding="utf-8")
         # purge_step hides what an earlier process wrote from that step on.
         self.board = SummaryWriter(str(run_dir / "tb"), purge_step=start + 1 if start else 0)
@@ -79,13 +80,15 @@ def read_rows(path: Path) -> list[dict]:
     return rows
 
 
-def truncate_rows(path: Path, last_step: int) -> None:
+def truncate_rows(path: Path, last_step: int, evaluated: bool = True) -> None:
     """Drops the rows of steps after `last_step` and everything from a torn line on, in one rename; at 0, where a run begins
-    anew, all of them: a look at step 0 is then taken again."""
+    anew, all of them: a look at step 0 is then taken again. Unless evaluated, that step's evaluation too."""
     if not path.is_file():
         return
-    kept = [json.dumps(row) + "\n" for row in read_rows(path) if row["step"] <= last_step] if last_step else []
-    write_atomically(path, "".join(kept))
+    kept = [row for row in read_rows(path) if row["step"] <= last_step] if last_step else []
+    if not evaluated:
+        kept = [row for row in kept if row["step"] < last_step or not any(name.startswith("eval/") for name in row)]
+    write_atomically(path, "".join(json.dumps(row) + "\n" for row in kept))
 
 
 def write_event(run_dir: Path, event: str, **details) -> None:

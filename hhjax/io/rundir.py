@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from hhjax.fields import ConfigError
-from hhjax.io.files import write_atomically
-from hhjax.io.lock import is_alive
+from hhjax.io.files import checkpoints_dir, write_atomically
+from hhjax.io.lock import is_alive, read_lock
 from hhjax.io.metrics import read_events, read_rows
 
 PACKAGES = ("hhjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "sentencepiece", "tokenizers")
@@ -125,6 +125,26 @@ def state_of(folder: Path) -> str:
     ends = {"preempt": "preempted", "nan": "diverged", "error": "failed"}
     last = [e["event"] for e in read_events(folder) if e["event"] in (*ends, "start")]
     return ends.get(last[-1] if last else "", "stopped")
+
+
+def why_not_done(folder: Path) -> tuple[str, str]:
+    """(state, why) of a stage for whoever is to start it: new, running, resumable, done or failed. A failed one may be tried again."""
+    if not (folder / "config.json").exists():
+        return "new", ""
+    state, events = state_of(folder), read_events(folder)
+    if state == "done":
+        return state, ""
+    if state == "running":
+        holder = read_lock(folder / "LOCK")
+        return state, f"process {holder.get('pid')} on {holder.get('host')}"
+    last = next((e for e in reversed(events) if e["event"] in ("preempt", "nan", "error", "start")), {})
+    if state == "failed":
+        return "failed", last["message"]
+    if state == "diverged":
+        return "failed", f"{last['metric']} is not finite at step {last['step']}"
+    saved = max((int(p.stem) for p in checkpoints_dir(folder).glob("*.json") if p.stem.isdigit()), default=None)
+    ended = "told to stop" if state == "preempted" else "ended without a word"
+    return "resumable", f"{ended}, {'nothing saved' if saved is None else f'saved at step {saved}'}"
 
 
 def main_metric(folder: Path, rows: list[dict]) -> str:

@@ -17,6 +17,7 @@ from hhjax.experiment import Evaluate, StageContext
 from hhjax.fields import ConfigError
 from hhjax.loops import inputs
 from hhjax.loops.supervised import load_model
+from hhjax.loops.waiting import on_first
 from hhjax.model.sizes import matmul_params
 from hhjax.model.transformer import RunConfig
 from hhjax.sharding import batch_ways, make_mesh
@@ -39,9 +40,15 @@ def run(stage: Evaluate, ctx: StageContext) -> None:
     train, _ = inputs.comparisons(training_data(parent), "train", ctx.data_dir, folders)
     require_unseen(train, test)
     batch_size = -(-stage.batch_size // batch_ways(mesh)) * batch_ways(mesh)
-    found = score_comparisons(model, params, tokenizer, test, parent["config"]["seq_len"], batch_size, mesh)
-    if jax.process_index():
-        return
+    found = score_comparisons(model, params, tokenizer, test, parent["config"]["seq_len"], batch_size, mesh, ctx.stop_if_told)
+    text = on_first(ctx, lambda: summarise(stage, ctx, found, train, test, matmul_params(model.config)))
+    if jax.process_index() == 0:
+        print(text)
+
+
+def summarise(stage: Evaluate, ctx: StageContext, found: np.ndarray, train, test, parameters: int) -> str:
+    """Writes the files of the scores `found` of the test side, baselines beside them; returns the table."""
+    folder, parent = ctx.parent(stage.of)[0], ctx.parent_stages[stage.of]
     scores = Scores(
         source=np.array([row.source for row in test]),
         opening=np.array([opening_hash(row.prompt) for row in test]),
@@ -56,11 +63,11 @@ def run(stage: Evaluate, ctx: StageContext) -> None:
         "pm": str(folder),
         "size": parent["size"],
         "seed": parent["seed"],
-        "parameters": matmul_params(model.config),
+        "parameters": parameters,
         "comparisons": len(train),
         "shares": {source: round(count / len(train), 4) for source, count in saw.items()},
     } | bayes
-    print(write_summary(ctx.dir / "evals", scores, about))
+    return write_summary(ctx.dir / "evals", scores, about)
 
 
 def training_data(parent: dict) -> ComparisonData:

@@ -2,6 +2,7 @@
 
 import json
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import replace
 
 import jax
@@ -40,7 +41,7 @@ def run_exam(stage: Exam, ctx: StageContext) -> None:
     for shots in sorted(stage.shots):
         contexts = [context(questions, i, shots) for i in range(len(questions))]
         said = ask(model, params, tok, contexts, [[f" {o}." for o in q["options"]] for q in questions],
-                   [q["answer"] for q in questions], stage.batch_size, mesh)  # fmt: skip
+                   [q["answer"] for q in questions], stage.batch_size, mesh, ctx.stop_if_told)  # fmt: skip
         by_subject = defaultdict(list)
         for question, answered in zip(questions, said):
             by_subject[question["subject"]].append(answered)
@@ -76,7 +77,7 @@ def run_detect(stage: Detect, ctx: StageContext) -> None:
     noisy = {key: [noised(prompt, words, stage.noise, rng) for prompt in several] for key, several in prompts.items()}
     reader = make_model(replace(model.config, layers=stage.layer), mesh, stage.run)
     lower = first_layers(params, stage.layer)
-    acts = {key: activations(reader, lower, tok, several, stage, mesh) for key, several in noisy.items()}
+    acts = {key: activations(reader, lower, tok, several, stage, mesh, ctx.stop_if_told) for key, several in noisy.items()}
     seen = acts["inside", "train"][: stage.fit]
     fitted, inside, outside = fit_gaussian(seen), acts["inside", "test"], acts["outside", "test"]
     methods = {"relative_mahalanobis": relative_mahalanobis, "mahalanobis": mahalanobis}
@@ -103,8 +104,8 @@ def noised(prompt: str, words: list[str], share: float, rng: np.random.Generator
     return " ".join(words[rng.integers(len(words))] if swap and "\n" not in word else word for word, swap in zip(parts, swapped))
 
 
-def activations(model, params, tok, prompts: list[str], stage: Detect, mesh) -> np.ndarray:
-    """The hidden state at each prompt's last token, [N, D]."""
+def activations(model, params, tok, prompts: list[str], stage: Detect, mesh, poll: Callable[[], None]) -> np.ndarray:
+    """The hidden state at each prompt's last token, [N, D]. poll() is called before every batch."""
     source = PromptSource(prompts, tok, stage.prompt_len, stage.batch_size)
     index, count = batch_host(mesh)
 
@@ -115,6 +116,7 @@ def activations(model, params, tok, prompts: list[str], stage: Detect, mesh) -> 
     read = jax.jit(read, out_shardings=replicated(mesh))
     parts = []
     for places, real in row_batches(source.size, stage.batch_size):
+        poll()
         mine = np.split(places, count)[index]
         parts.append(jax.device_get(read(params, put_batch(source.take(mine, width_of=places), mesh)))[:real])
     return np.concatenate(parts)

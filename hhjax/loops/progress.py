@@ -3,26 +3,31 @@
 import contextlib
 import math
 import time
+from collections.abc import Callable
 
 import jax
 import numpy as np
 
-from hhjax.experiment import Diverged, StageContext
+from hhjax.experiment import Diverged, Preempted, StageContext
 from hhjax.io.metrics import Console, MetricsWriter, NullConsole, NullWriter, write_event
+
+
+# Where a run stands: the last step done, the real (not padding) tokens trained on so far, and whether that step's evaluation was
+# given up, for a stop, and is still to be made.
+START = {"step": 0, "tokens": 0, "owes_evaluation": False}
 
 
 class Progress:
     """The reports of one training stage, from process 0.
 
-    start: the step it goes on from. tokens: real (not padding) tokens trained on so far. ceiling_flops_per_s:
-    what the machine's own matrix products reach. Rates are over the steps since the last row; time spent in
-    `excluded` (compilation, evaluation, saving) is not in them.
+    position: where it goes on from, as START. ceiling_flops_per_s: what the machine's own matrix products reach. Rates are over
+    the steps since the last row; time spent in `excluded` (compilation, evaluation, saving) is not in them.
     """
 
-    def __init__(self, ctx: StageContext, name: str, start: int, total: int, tokens: int, ceiling_flops_per_s: float):
-        self.ctx, self.name, self.ceiling, self.tokens = ctx, name, ceiling_flops_per_s, tokens
+    def __init__(self, ctx: StageContext, name: str, position: dict, total: int, ceiling_flops_per_s: float):
+        self.ctx, self.name, self.ceiling, self.tokens = ctx, name, ceiling_flops_per_s, position["tokens"]
         first = jax.process_index() == 0
-        self.metrics = MetricsWriter(ctx.dir, start) if first else NullWriter()
+        self.metrics = MetricsWriter(ctx.dir, position["step"], not position["owes_evaluation"]) if first else NullWriter()
         self.console = Console(name, total) if first else NullConsole()
         self.held = None
         self.interval_began, self.interval_excluded = time.perf_counter(), 0.0
@@ -49,6 +54,16 @@ class Progress:
         self.interval_began, self.interval_excluded = time.perf_counter(), 0.0
         self.console.show(self.metrics.write(step, row))
         self.require_finite(step, row)
+
+    def evaluated(self, step: int, evaluate: Callable[[], dict]) -> bool:
+        """`evaluation` of evaluate(), outside the rates; False, and nothing is written, where that was told to stop."""
+        with self.excluded():
+            try:
+                results = evaluate()
+            except Preempted:
+                return False
+            self.evaluation(step, results)
+        return True
 
     def evaluation(self, step: int, results: dict) -> None:
         """Writes a row of held-out metrics, named eval/...; the step's own row has been flushed."""

@@ -6,16 +6,21 @@ from hhjax.analysis.figures import calibration_figure, turn_figure
 from hhjax.analysis.runs import load_result
 from hhjax.analysis.scores import accuracy_rows, accuracy_table
 from hhjax.experiment import Report, StageContext
+from hhjax.loops.waiting import on_first
 
 
 def run(stage: Report, ctx: StageContext) -> None:
     """Writes what the stage's `draw` writes; else report.txt (accuracy beside the baselines, and what each figure shows) and
     figures/*.{png,csv}."""
-    if jax.process_index():
-        return
+    said = on_first(ctx, lambda: draw(stage, ctx))
+    if jax.process_index() == 0:
+        print(said)
+
+
+def draw(stage: Report, ctx: StageContext) -> str:
+    """Writes the files; returns what is to be printed."""
     if stage.draw:
-        print(stage.draw({ref: ctx.parent(ref)[0] for ref in stage.of}, ctx.dir))
-        return
+        return stage.draw({ref: ctx.parent(ref)[0] for ref in stage.of}, ctx.dir)
     figures, parts = ctx.dir / "figures", []
     for ref in stage.of:
         name = ref.split("/")[-1]
@@ -30,4 +35,4 @@ def run(stage: Report, ctx: StageContext) -> None:
         ]
     report = "\n".join([*parts, f"Figures: {figures}"])
     (ctx.dir / "report.txt").write_text(report + "\n")
-    print(report)
+    return report

@@ -7,7 +7,7 @@ import resource
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import jax
 import numpy as np
@@ -20,7 +20,7 @@ from hhjax.experiment import PPO, Preempted, StageContext
 from hhjax.io import checkpoint
 from hhjax.io.files import write_atomically
 from hhjax.io.metrics import write_event
-from hhjax.loops.progress import Progress
+from hhjax.loops.progress import START, Progress
 from hhjax.loops.sampling import (EVALUATION, Loaded, even_rows, fetch, frozen, load_all, load_prompts, make_sample,
                                   put_prompts, reply_texts, row_batches, write_samples)  # fmt: skip
 from hhjax.loops.supervised import compute_dtype, is_due, rearm_watchdog, restore_newest, watchdog
@@ -85,7 +85,7 @@ def run(stage: PPO, ctx: StageContext) -> None:
     """Trains a policy to its last iteration, from its newest good checkpoint or from the start.
 
     Raises DataError on prompts that fill no batch, Diverged on a loss that is not finite, and Preempted once it
-    was told to stop and has saved.
+    was told to stop (between two phases of an iteration, or two batches of held-out prompts) and has saved.
     """
     mesh = make_mesh(stage.mesh)
     rollout_mesh = make_mesh(stage.rollout_mesh) if stage.rollout_mesh else mesh
@@ -105,7 +105,7 @@ def run(stage: PPO, ctx: StageContext) -> None:
     phases = make_phases(stage, models, tok.vocabulary, mesh, rollout_mesh, shardings)
     if "offsets" not in position:
         rearm_watchdog(stage.watchdog_s)
-        position |= {"offsets": mean_scores(setup, phases, state), "beta": stage.kl.beta}
+        position = position | {"offsets": mean_scores(setup, phases, state), "beta": stage.kl.beta}
         if jax.process_index() == 0:
             write_event(ctx.dir, "offsets", **position["offsets"])
     train(setup, phases, state, position)
@@ -114,42 +114,55 @@ def run(stage: PPO, ctx: StageContext) -> None:
 def train(setup: Setup, phases: Phases, state: TrainState, position: dict) -> None:
     """Iterations from position["step"] to the last, with their rows, looks and checkpoints."""
     stage, ctx = setup.stage, setup.ctx
-    progress = Progress(ctx, stage.name, position["step"], stage.steps, position["tokens"],
-                        roofline.ceiling(compute_dtype(stage.run)))  # fmt: skip
+    progress = Progress(ctx, stage.name, position, stage.steps, roofline.ceiling(compute_dtype(stage.run)))
     saver = checkpoint.CheckpointWriter(ctx.dir, stage.keep, on_saved=progress.saved)
-    beta = position["beta"]
+    beta, saved = position["beta"], position["step"]
+
+    def save(done: int, owed: bool = False) -> None:
+        with progress.excluded():
+            progress.metrics.sync()
+            here = {"step": done, "tokens": progress.tokens, "beta": beta, "offsets": position["offsets"], "owes_evaluation": owed}
+            saver.save(done, split_policy(state), here)
+
+    def stop(done: int) -> NoReturn:
+        saver.wait()
+        progress.event("preempt", step=done)
+        raise Preempted(f"{stage.name} was told to stop: {f'saved at iteration {done}' if done else 'nothing to save yet'} of {stage.steps}")
+
     with contextlib.closing(progress), contextlib.closing(saver), watchdog():
         rearm_watchdog(stage.watchdog_s)
-        if position["step"] == 0:
+        if position["step"] == 0 or position["owes_evaluation"]:
             with progress.excluded():
-                progress.evaluation(0, look(setup, phases, state, position["offsets"], 0))
+                progress.evaluation(position["step"], look(setup, phases, state, position["offsets"], position["step"]))
         for done in range(position["step"] + 1, stage.steps + 1):
             rearm_watchdog(stage.watchdog_s)
             first = done == position["step"] + 1  # it compiles, and so is not timed
-            with progress.excluded() if first else contextlib.nullcontext():
-                state, row, work = iterate(setup, phases, state, position["offsets"], beta, done)
+            try:
+                with progress.excluded() if first else contextlib.nullcontext():
+                    state, row, work = iterate(setup, phases, state, position["offsets"], beta, done)
+            except Preempted:  # before its update: the state is that of the iteration before
+                if saved < done - 1:
+                    progress.require_finite(done - 1, row)
+                    save(done - 1)
+                stop(done - 1)
             beta = adapt_beta(beta, stage.kl, row["kl_k1"], stage.batch_size)
             progress.count(*work, timed=not first)
             last, stopping = done == stage.steps, ctx.should_stop()
             evaluating = last or is_due(done, stage.eval_every)
-            saving = last or stopping or is_due(done, stage.save_every)
             if last or is_due(done, stage.log_every):
                 progress.hold(done, row)
                 progress.flush()
-            if evaluating or saving:
+            if evaluating or stopping or is_due(done, stage.save_every):
                 progress.require_finite(done, row)
-            if evaluating:
-                with progress.excluded():
-                    progress.evaluation(done, look(setup, phases, state, position["offsets"], done))
-            if saving:
-                with progress.excluded():
-                    progress.metrics.sync()
-                    here = {"step": done, "tokens": progress.tokens, "beta": beta, "offsets": position["offsets"]}
-                    saver.save(done, split_policy(state), here)
-            if stopping and not last:
-                saver.wait()
-                progress.event("preempt", step=done)
-                raise Preempted(f"{stage.name} was told to stop: saved at iteration {done} of {stage.steps}")
+            owed = evaluating and (
+                stopping or not progress.evaluated(done, lambda: look(setup, phases, state, position["offsets"], done))
+            )
+            stopping = owed or (stopping and not last)
+            if last or stopping or is_due(done, stage.save_every):
+                save(done, owed)
+                saved = done
+            if stopping:
+                stop(done)
 
 
 def iterate(setup: Setup, phases: Phases, state: TrainState, offsets: dict, beta: float, done: int):
@@ -160,7 +173,7 @@ def iterate(setup: Setup, phases: Phases, state: TrainState, offsets: dict, beta
     row_ids = np.split(np.arange(stage.batch_size, dtype=np.int32), count)[index]
     prompts = put_batch((batch, row_ids), setup.rollout_mesh)
     key = jax.random.fold_in(sampling_key(setup), done)
-    state, samples, report, metrics = advance(phases, state, setup.frozen, prompts, key, offsets, beta, seconds)
+    state, samples, report, metrics = advance(phases, state, setup.frozen, prompts, key, offsets, beta, seconds, setup.ctx.stop_if_told)
     rows = fetch(samples.rows, mesh)
     seen = watched(stage, [setup.prompts.prompts[i] for i in setup.prompts.rows_of(setup.ctx.seed, done - 1)], rows, setup.tok)
     row = report_row(jax.device_get(report), rows) | means(seen) | {n: float(x) for n, x in jax.device_get(metrics).items() if n != "weight"}
@@ -172,13 +185,17 @@ def iterate(setup: Setup, phases: Phases, state: TrainState, offsets: dict, beta
     return state, row | {"beta": beta} | rates, (tokens, rows.tokens.size, iteration_flops(stage, setup.models))
 
 
-def advance(phases: Phases, state: TrainState, frozen: dict, prompts, key, offsets: dict, beta: float, seconds: Seconds):
-    """One iteration on the devices: (new state, samples, report, metrics), each phase waited for and timed."""
+def advance(phases: Phases, state: TrainState, frozen: dict, prompts, key, offsets: dict, beta: float, seconds: Seconds,
+            poll: Callable[[], None] = lambda: None):  # fmt: skip
+    """One iteration on the devices: (new state, samples, report, metrics), each phase waited for and timed. poll() is called
+    between them."""
     with seconds.phase("generate"):
         samples = phases.sample(phases.spread(state.params["policy"]), *prompts, key)
         samples = jax.block_until_ready(phases.gather(samples))
+    poll()
     with seconds.phase("score"):
         rollout, report = jax.block_until_ready(phases.score(state.params, frozen, samples, offsets, beta))
+    poll()
     with seconds.phase("train"):
         state, metrics = jax.block_until_ready(phases.update(state, rollout))
     return state, samples, report, metrics
@@ -233,6 +250,7 @@ def held_out_replies(setup: Setup, phases: Phases, state: TrainState, offsets: d
     chosen, policy = held_out_rows(setup), phases.spread(state.params["policy"])
     key = jax.random.fold_in(sampling_key(setup), EVALUATION)
     for places, real in row_batches(len(chosen), setup.stage.batch_size):
+        setup.ctx.stop_if_told()
         prompts = put_prompts(setup.held_out, chosen[places], places, setup.rollout_mesh)
         samples = phases.gather(phases.sample(policy, *prompts, key))
         _, report = phases.score(state.params, setup.frozen, samples, offsets, 0.0)
@@ -274,8 +292,8 @@ def starting_state(stage: PPO, ctx: StageContext, found: dict[str, Loaded], mesh
     fresh = lambda p, seed: init_state(p, optimizer, jax.random.split(jax.random.key(seed))[1])  # noqa: E731
     like = jax.eval_shape(lambda p: split_policy(fresh(p, 0)), params)
     if restored := restore_newest(ctx, stage.name, like, split_policy(shardings)):
-        return join_policy(restored[0]), shardings, restored[1]
-    return jax.jit(fresh, out_shardings=shardings)(params, ctx.seed), shardings, {"step": 0, "tokens": 0}
+        return join_policy(restored[0]), shardings, START | restored[1]
+    return jax.jit(fresh, out_shardings=shardings)(params, ctx.seed), shardings, START
 
 
 def ppo_optimizer(stage: PPO) -> PartsOptimizer:

@@ -15,7 +15,7 @@ from hhjax.data.stream import PromptSource
 from hhjax.data.tokenizer import Tokenizer
 from hhjax.data.transcripts import has_marker
 from hhjax.evals.replies import best_of_n_kl, best_of_n_mean
-from hhjax.experiment import BestOfN, Comparisons, Preempted, StageContext
+from hhjax.experiment import BestOfN, Comparisons, StageContext
 from hhjax.fields import ConfigError
 from hhjax.io.files import write_atomically
 from hhjax.io.metrics import write_event
@@ -172,8 +172,7 @@ def draw_and_judge(stage, ctx: StageContext, key, found: Mapping[str, Loaded], p
     params = {name: frozen(found[name].params, compute_dtype(stage.run, mesh)) for name in (policy, *judges)}
     scores, texts = {name: [] for name in judges}, []
     for places, real in row_batches(len(rows), stage.batch_size):
-        if ctx.should_stop():
-            raise Preempted(f"{stage.name} was told to stop: it will begin anew")
+        ctx.stop_if_told()
         samples = sample(params[policy], *put_prompts(source, rows[places], places, mesh), key)
         for name in judges:
             scores[name].append(jax.device_get(judge[name](params[name], samples))[:real])

@@ -7,7 +7,7 @@ import contextlib
 import faulthandler
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -27,13 +27,14 @@ from hhjax.io.files import write_atomically
 from hhjax.io.metrics import write_event
 from hhjax.io.models import open_model
 from hhjax.loops import inputs
-from hhjax.loops.progress import Progress
+from hhjax.loops.progress import START, Progress
+from hhjax.loops.waiting import on_first
 from hhjax.model.sizes import model_config
 from hhjax.model.transformer import ModelConfig, RunConfig, config_to_json, make_model
 from hhjax.sharding import batch_host, batch_ways, check_batch, make_mesh, param_shardings, put_batch
 from hhjax.train.state import TrainState, init_state, make_optimizer, state_shardings
 from hhjax.train.step import make_train_step, shard_step
-from hhjax.types import Batch, LossFn, Model, PackedPairs, Pairs
+from hhjax.types import Batch, LossFn, Model, PackedPairs, Pairs, Tokens
 
 SAMPLE_ROWS = 8
 
@@ -60,32 +61,33 @@ def run(stage: Training, ctx: StageContext) -> None:
 
     state, position = resume(stage, ctx, model, optimizer, shardings, load_parent)
     train_step = shard_step(make_train_step(loss, optimizer, stage.micro_batches), shardings, mesh)
-    evaluate = make_evaluate(loss, held_out, stage, mesh)
+    evaluate = make_evaluate(loss, held_out, stage, mesh, ctx.stop_if_told)
     flops_per_s = roofline.ceiling(compute_dtype(stage.run))
-    progress = Progress(ctx, stage.name, position["step"], total, position["tokens"], flops_per_s)
+    progress = Progress(ctx, stage.name, position, total, flops_per_s)
     saver = checkpoint.CheckpointWriter(ctx.dir, stage.keep, on_saved=progress.saved)
     with contextlib.closing(progress), contextlib.closing(saver), watchdog():
         update = make_update(stage, config, train_step, mesh, progress)
-        for done, batch in enumerate(prefetch(source, ctx.seed, position["step"], total, host), position["step"] + 1):
+        rearm_watchdog(stage.watchdog_s)
+        if position["owes_evaluation"]:
+            progress.evaluation(position["step"], evaluate(state.params))
+        for done, (batch, tokens) in enumerate(prefetch(source, ctx.seed, position["step"], total, host), position["step"] + 1):
             rearm_watchdog(stage.watchdog_s)
-            state, metrics = update(state, batch)
+            state, metrics = update(state, batch, tokens)
             progress.flush()  # the row before: the device has this step's work meanwhile
             last, stopping = done == total, ctx.should_stop()
             if last or is_due(done, stage.log_every):
                 progress.hold(done, metrics)
             evaluating = last or is_due(done, stage.eval_every)
-            saving = last or stopping or is_due(done, stage.save_every)
-            if evaluating or saving:
+            if evaluating or stopping or is_due(done, stage.save_every):
                 progress.flush()
                 progress.require_finite(done, metrics)
-            if evaluating:
-                with progress.excluded():
-                    progress.evaluation(done, evaluate(state.params))
-            if saving:
+            owed = evaluating and (stopping or not progress.evaluated(done, lambda: evaluate(state.params)))
+            stopping = owed or (stopping and not last)
+            if last or stopping or is_due(done, stage.save_every):
                 with progress.excluded():
                     progress.metrics.sync()
-                    saver.save(done, state, {"step": done, "tokens": progress.tokens})
-            if stopping and not last:
+                    saver.save(done, state, {"step": done, "tokens": progress.tokens, "owes_evaluation": owed})
+            if stopping:
                 saver.wait()
                 progress.event("preempt", step=done)
                 raise Preempted(f"{stage.name} was told to stop: saved at step {done} of {total}")
@@ -93,9 +95,12 @@ def run(stage: Training, ctx: StageContext) -> None:
 
 def run_tokenizer(stage: Tokenizer, ctx: StageContext) -> None:
     """Trains the tokenizer on process 0."""
-    if jax.process_index() == 0:
+
+    def work():
         texts = [document.text for document in inputs.documents(stage.data, "train", ctx.data_dir, ctx.parents)]
         train_tokenizer(texts, stage.vocab, ctx.dir, algorithm=stage.algorithm)
+
+    on_first(ctx, work)
 
 
 def load_model(folder: Path, step: int | None, mesh, run: RunConfig = RunConfig()):
@@ -108,12 +113,12 @@ def load_model(folder: Path, step: int | None, mesh, run: RunConfig = RunConfig(
 
 
 def make_update(stage: Training, config: ModelConfig, train_step, mesh, progress: Progress):
-    """(state, numpy batch) -> (state, metrics), with the work counted; not timed where a new shape is compiled."""
+    """(state, numpy batch, real tokens) -> (state, metrics), with the work counted; not timed where a new shape is compiled."""
     compiled, host = set(), Host(*batch_host(mesh))
 
-    def update(state, batch):
+    def update(state, batch, tokens):
         timed = batch_shape(batch) in compiled
-        progress.count(*batch_work(stage, config, batch, host.count), timed=timed)
+        progress.count(tokens, *batch_work(stage, config, batch, host.count), timed=timed)
         if timed:
             return train_step(state, put_batch(batch, mesh))
         compiled.add(batch_shape(batch))
@@ -149,13 +154,13 @@ def resume(stage: Training, ctx: StageContext, model: Model, optimizer, sharding
     like = jax.eval_shape(lambda k: init_state(model.init(k), optimizer, k), init_key)
 
     if found := restore_newest(ctx, stage.name, like, shardings):
-        return found
+        return found[0], START | found[1]
     if load_parent:
         params = load_parent(like.params, shardings.params)
     else:
         params = jax.jit(model.init, out_shardings=shardings.params)(init_key)
     start = jax.jit(lambda p, k: init_state(p, optimizer, k), out_shardings=shardings, donate_argnums=0)
-    return start(params, run_key), {"step": 0, "tokens": 0}
+    return start(params, run_key), START
 
 
 def restore_newest(ctx: StageContext, name: str, like, shardings):
@@ -237,14 +242,19 @@ def total_steps(stage: Training, source) -> int:
     return stage.steps if stage.steps is not None else max(1, round(stage.epochs * source.steps_per_epoch))
 
 
-def prefetch(source, seed: int, start: int, stop: int, host: Host) -> Iterator[Batch]:
-    """This host's batches of steps start..stop-1, each made while the one before is in use."""
+def prefetch(source, seed: int, start: int, stop: int, host: Host) -> Iterator[tuple[Batch, int]]:
+    """This host's batches of steps start..stop-1, each made while the one before is in use, and the real tokens of all hosts'."""
+
+    def make(step):
+        batch = source.batch(seed, step, host)
+        return batch, real_tokens(batch if host.count == 1 else source.batch(seed, step))
+
     with ThreadPoolExecutor(1) as pool:
-        coming = pool.submit(source.batch, seed, start, host) if start < stop else None
+        coming = pool.submit(make, start) if start < stop else None
         for step in range(start, stop):
-            batch = coming.result()
-            coming = pool.submit(source.batch, seed, step + 1, host) if step + 1 < stop else None
-            yield batch
+            made = coming.result()
+            coming = pool.submit(make, step + 1) if step + 1 < stop else None
+            yield made
 
 
 def batch_shape(batch: Batch) -> tuple[int, int]:
@@ -252,32 +262,37 @@ def batch_shape(batch: Batch) -> tuple[int, int]:
     return (batch.chosen if isinstance(batch, Pairs) else batch).tokens.shape
 
 
-def batch_work(stage: Training, config: ModelConfig, batch: Batch, hosts: int = 1) -> tuple[int, int, float]:
-    """Real tokens of a global batch, the positions that they lie in, and the model FLOPs of an update on it, from one host's share."""
-    rows, width = batch_shape(batch)
-    logits = hosts * rows if getattr(stage.loss, "lm_coef", 0.0) else 0
+def real_tokens(batch: Batch) -> int:
+    """Tokens that are no padding."""
     if isinstance(batch, PackedPairs):
-        tokens, flops = (batch.pair >= 0).sum(), roofline.pm_step_flops(config, hosts * rows, width, logits)
-    elif isinstance(batch, Pairs):
-        tokens = batch.chosen.length.sum() + batch.rejected.length.sum()
-        rows *= 2
-        flops = roofline.pm_step_flops(config, hosts * rows, width, logits)
-    else:
-        tokens, flops = batch.length.sum(), roofline.lm_step_flops(config, hosts * rows, width)
-    return hosts * int(tokens), hosts * rows * width, flops
+        return int((batch.pair >= 0).sum())
+    return sum(int(rows.length.sum()) for rows in ((batch.chosen, batch.rejected) if isinstance(batch, Pairs) else (batch,)))
+
+
+def batch_work(stage: Training, config: ModelConfig, batch: Batch, hosts: int = 1) -> tuple[int, float]:
+    """Positions of a global batch and the model FLOPs of an update on it; every host has as many rows as this one."""
+    rows, width = batch_shape(batch)
+    rows *= hosts
+    if isinstance(batch, Tokens):
+        return rows * width, roofline.lm_step_flops(config, rows, width)
+    logits_rows = rows if getattr(stage.loss, "lm_coef", 0.0) else 0
+    rows *= 2 if isinstance(batch, Pairs) else 1
+    return rows * width, roofline.pm_step_flops(config, rows, width, logits_rows)
 
 
 # Evaluation, watchdog -------------------------------------------------------------------------------------------------
 
 
-def make_evaluate(loss: LossFn, held_out, stage: Training, mesh):
-    """params -> the loss's metrics over at most `eval_rows` held-out rows, each counted once and with weight one."""
+def make_evaluate(loss: LossFn, held_out, stage: Training, mesh, poll: Callable[[], None]):
+    """params -> the loss's metrics over at most `eval_rows` held-out rows, each counted once and with weight one. poll() is
+    called before every batch."""
     scored = jax.jit(lambda params, batch: loss(params, batch, jax.random.key(0)))
     host = Host(*batch_host(mesh))
 
     def evaluate(params) -> dict:
         sums, total = {}, 0.0
         for batch in held_out_batches(held_out, stage.eval_rows, stage.batch_size, host):
+            poll()
             value, metrics = jax.device_get(scored(params, put_batch(batch, mesh)))
             weight = float(metrics.pop("weight"))
             total += weight

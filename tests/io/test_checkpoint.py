@@ -1,5 +1,6 @@
 """Checkpoints: what is saved comes back on any mesh, and what is damaged does not."""
 
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -61,7 +62,7 @@ def test_restores_every_leaf_on_any_mesh(tmp_path, cfg):
 
 def test_keeps_the_last_steps(tmp_path):
     saved(tmp_path, steps=(1, 2, 3, 4), keep=2)
-    folder = checkpoint.checkpoints_dir(tmp_path)
+    folder = Path(checkpoint.checkpoints_dir(tmp_path))
     assert checkpoint.good_steps(folder) == checkpoint.steps_on_disk(folder) == [3, 4]
 
 
@@ -130,7 +131,7 @@ def tear_manifest(folder):
 @pytest.mark.parametrize("damage", [flip_a_byte_of_w, garble_files, truncate_files, drop_manifest, tear_manifest])
 def test_falls_back_to_the_newest_good_step(tmp_path, damage):
     shardings = saved(tmp_path)
-    damage(checkpoint.checkpoints_dir(tmp_path) / "3")
+    damage(Path(checkpoint.checkpoints_dir(tmp_path)) / "3")
     passed_over = []
     state, position = checkpoint.restore(tmp_path, LIKE, shardings, lambda step, why: passed_over.append((step, why)))
     assert equal(state, make_state(2)) and position == {"step": 2}
@@ -144,7 +145,7 @@ def test_falls_back_to_the_newest_good_step(tmp_path, damage):
 
 def test_a_killed_save_leaves_nothing_that_counts(tmp_path):
     saved(tmp_path)
-    folder = checkpoint.checkpoints_dir(tmp_path)
+    folder = Path(checkpoint.checkpoints_dir(tmp_path))
     (folder / "4.orbax-checkpoint-tmp").mkdir()
     (folder / "4").mkdir()
     assert checkpoint.good_steps(folder) == [1, 2, 3]

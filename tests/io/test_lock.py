@@ -5,17 +5,11 @@ import os
 import socket
 import subprocess
 import sys
-import threading
 import time
 
 import pytest
 
 from hhjax.io import lock
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    monkeypatch.setattr(lock, "POLL_S", 0.02)
 
 
 def write_lock(folder, pid, host=None, age_s=0.0):
@@ -55,17 +49,8 @@ def test_a_torn_lock_is_taken_over_once_it_is_old(tmp_path):
         pass
 
 
-def test_a_live_holder_is_waited_for(tmp_path):
-    path, seen, order = write_lock(tmp_path, os.getppid()), [], []
-
-    def release():
-        time.sleep(0.2)
-        order.append("released")
-        path.unlink()
-
-    thread = threading.Thread(target=release)
-    thread.start()
-    with lock.hold_lock(tmp_path, seen.append):
-        order.append("held")
-    thread.join()
-    assert order == ["released", "held"] and [h["pid"] for h in seen] == [os.getppid()]
+def test_a_live_holder_keeps_it(tmp_path):
+    path = write_lock(tmp_path, os.getppid())
+    with pytest.raises(lock.Held, match=str(os.getppid())), lock.hold_lock(tmp_path):
+        pass
+    assert path.exists()

@@ -3,6 +3,7 @@
 import json
 import pickle
 import random
+import signal
 import time
 from dataclasses import replace
 
@@ -118,9 +119,18 @@ def test_what_is_watched_is_logged_of_the_very_replies(pipeline, context, tmp_pa
 
 
 def test_a_stopped_run_goes_on_as_if_nothing_had_been(finished, pipeline, context, tmp_path):
+    """An iteration polls three times and a look at held-out prompts twice; the means at the start are a look too."""
     stage = make_ppo(pipeline)
-    for stop in (2, 3):  # after iterations 2 and 5
-        with pytest.raises(Preempted, match="saved at iteration"):
+    stops = (
+        (2, "done anew"),  # in the means
+        (5, "nothing to save yet"),  # between sampling and scoring of the first
+        (8, "saved at iteration 1 of"),  # of the second
+        (7, "saved at iteration 3 of"),  # in the look after the third
+        (1, "done anew"),  # in that look again
+        (5, "saved at iteration 4 of"),
+    )
+    for stop, said in stops:
+        with pytest.raises(Preempted, match=said):
             rlhf.run(stage, context(stage, tmp_path / "run", stop_after=stop))
     rlhf.run(stage, context(stage, tmp_path / "run"))
     assert without_times(tmp_path / "run") == without_times(finished)
@@ -223,6 +233,23 @@ def test_two_hosts_and_then_one_give_the_same_run(finished, pipeline, context, s
     policies = [load_model(f, None, make_mesh(MeshConfig()))[1] for f in (folder, finished)]
     for a, b in zip(*map(jax.tree.leaves, policies)):
         np.testing.assert_allclose(a, b, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_sigterm_to_one_of_two_hosts_saves_one_iteration(pipeline, start_two, tmp_path):
+    """Wherever in an iteration it is heard."""
+    stage = make_ppo(pipeline, steps=500, save_every=0, eval_every=0)
+    (tmp_path / "hosts.py").write_text(HOSTS.format(stage=pickle.dumps(stage)))
+    hosts = start_two(tmp_path, "run", "hosts.py", devices=4)
+    while sum(len(iterations(f)) for f in tmp_path.glob("runs/ppo/*")) < 2:
+        assert all(process.poll() is None for process in hosts)
+        time.sleep(0.05)
+    hosts[1].send_signal(signal.SIGTERM)
+    said = [process.communicate(timeout=300)[0] for process in hosts]
+    assert [process.returncode for process in hosts] == [75, 75], said
+    [folder] = (tmp_path / "runs" / "ppo").iterdir()
+    step = checkpoint.good_steps(folder / "checkpoints")[-1]
+    assert all(f"saved at iteration {step} of 500" in text for text in said) and iterations(folder)[-1]["step"] == step
 
 
 def test_the_policy_is_a_model_like_any_other(finished, pipeline):

@@ -128,7 +128,7 @@ def test_fresh_prompts_are_not_those_that_ppo_takes_first(pipeline, context, tmp
 
 def test_sampling_stops_when_told(pipeline, context, tmp_path):
     stage = make_comparisons(pipeline)
-    with pytest.raises(Preempted, match="begin anew"):
+    with pytest.raises(Preempted, match="done anew"):
         run_comparisons(stage, context(stage, tmp_path / "run", stop_after=2))
 
 

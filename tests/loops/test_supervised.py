@@ -101,10 +101,11 @@ def test_a_pm_learns_and_leaves_a_complete_folder(uninterrupted):
     assert checkpoint.good_steps(uninterrupted / "checkpoints") == [9, 12]
 
 
-@pytest.mark.parametrize("stop_after", [1, 7])
-def test_stopping_and_going_on_changes_nothing(uninterrupted, tiny_data, tiny_tokenizer, tmp_path, stop_after):
+@pytest.mark.parametrize("stop_after, step", [(1, 1), (5, 5), (7, 5), (9, 7), (18, 12)])
+def test_stopping_and_going_on_changes_nothing(uninterrupted, tiny_data, tiny_tokenizer, tmp_path, stop_after, step):
+    """A step polls once and an evaluation twice: the stops come at steps, before an evaluation and in the middle of two."""
     stage = make_pm(tiny_tokenizer)
-    with pytest.raises(Preempted, match=f"saved at step {stop_after} of {STEPS}"):
+    with pytest.raises(Preempted, match=f"saved at step {step} of {STEPS}"):
         train(stage, tmp_path, tiny_data, stop_after)
     train(stage, tmp_path, tiny_data)
     assert_same_run(tmp_path, uninterrupted)
@@ -120,7 +121,7 @@ def test_a_finished_stage_that_missed_its_end_does_no_step(uninterrupted, tiny_d
 
 def test_another_mesh_goes_on_with_the_same_data(uninterrupted, tiny_data, tiny_tokenizer, tmp_path):
     with pytest.raises(Preempted):
-        train(make_pm(tiny_tokenizer), tmp_path, tiny_data, stop_after=8)
+        train(make_pm(tiny_tokenizer), tmp_path, tiny_data, stop_after=10)
     other = make_pm(tiny_tokenizer, mesh=MeshConfig(data=1, fsdp=4, tensor=2))
     train(other, tmp_path, tiny_data)
     rows, expected = without_times(tmp_path), without_times(uninterrupted)
@@ -134,7 +135,7 @@ def test_another_mesh_goes_on_with_the_same_data(uninterrupted, tiny_data, tiny_
 @pytest.mark.usefixtures("orphaned_reads")
 def test_a_damaged_checkpoint_costs_only_its_own_steps(uninterrupted, tiny_data, tiny_tokenizer, tmp_path):
     with pytest.raises(Preempted):
-        train(make_pm(tiny_tokenizer), tmp_path, tiny_data, stop_after=8)
+        train(make_pm(tiny_tokenizer), tmp_path, tiny_data, stop_after=10)
     for file in (tmp_path / "checkpoints" / "8" / "params").rglob("d/*"):
         data = bytearray(file.read_bytes())
         data[len(data) // 2] ^= 1
@@ -295,8 +296,11 @@ def test_sigterm_saves_exits_75_and_goes_on_exactly(start_hhjax, tiny_tokenizer,
     process = start_hhjax(stopped, *args)
     wait_for_rows(process, stopped, 3)
     process.send_signal(signal.SIGTERM)
+    told = time.time()
     finish(process, 75)
     folder = run_folder(stopped)
+    manifests = {int(p.stem): p.stat().st_mtime for p in (folder / "checkpoints").glob("*.json")}
+    assert manifests[max(manifests)] - told < 10  # the commit, not the end of the process
     assert event_names(folder)[-1] == "preempt" and not (folder / "DONE").exists() and not (folder / "LOCK").exists()
     finish(start_hhjax(stopped, *args))
     assert_same_run(folder, run_folder(whole))
