@@ -72,7 +72,8 @@ def over_seeds(estimates) -> Estimate:
     if len(estimates) == 1:
         return estimates[0]
     values = [e.value for e in estimates]
-    return Estimate(float(np.mean(values)), min(values), max(values), estimates[0].n, estimates[0].groups)
+    mean = float(np.clip(np.mean(values), min(values), max(values)))  # of equal values rounding can put it outside
+    return Estimate(mean, min(values), max(values), estimates[0].n, estimates[0].groups)
 
 
 class Calibration(NamedTuple):

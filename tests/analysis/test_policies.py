@@ -118,6 +118,7 @@ def test_the_tax(read, tmp_path):
     assert {panel for panel, _ in points} == {"hard, 0 shots", "hard, 3 shots"}
     np.testing.assert_allclose(points["hard, 0 shots", "before"][:, 1], [0.5, 0.8])
     np.testing.assert_allclose(points["hard, 3 shots", "after"][:, 1:], [[0.3, 0.2, 0.4]])
+    tax_figure([grades("1M", "after", 146 / 150)] * 3, tmp_path / "equal")  # whose mean rounding puts below them all
     assert "known, 1M before, 0 shots: 1.000" in tax_figure([grades("1M", "before", 1.0)], tmp_path / "full")
     with pytest.raises(ValueError, match=r"no evals/exam\.json"):
         read_grades(tmp_path, "1M", "before")
