@@ -102,7 +102,7 @@ def wilson(share: float, n: int) -> Estimate:
     """A share of n with its 95 % interval."""
     z = 1.96
     middle, half = (share + z * z / (2 * n)) / (1 + z * z / n), z / (1 + z * z / n) * (share * (1 - share) / n + z * z / (4 * n * n)) ** 0.5
-    return Estimate(share, middle - half, middle + half, n, n)
+    return Estimate(share, min(share, middle - half), max(share, middle + half), n, n)  # at 0 and 1 but for rounding
 
 
 class Grades(NamedTuple):

@@ -155,3 +155,7 @@ def test_a_page_holds_all_it_shows(make_result, tmp_path):
     claim, found = (tmp_path / "t.txt").read_text().strip().split("\n")
     assert "A &amp; B" in page and claim in page and found in page and "data:image/svg+xml;base64," in page
     assert "<th>&lt;x&gt;</th>" in page and "<td>a&lt;b</td>" in page and "<script" not in page
+
+
+def test_an_interval_holds_its_share_at_both_ends():
+    assert all(wilson(share, n).low <= share <= wilson(share, n).high for n in range(1, 300) for share in (0.0, 1.0))
