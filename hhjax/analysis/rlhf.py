@@ -186,7 +186,7 @@ def reward_figure(curves: Sequence[Curve], best: Sequence[Best], path: Path, mos
     groups = defaultdict(list)
     for curve in {curve.dir.resolve(): curve for curve in reversed(curves)}.values():
         groups[curve.label].insert(0, curve)
-    several = len({label.partition(": ")[0] for label in groups}) > 1
+    several = len({label.partition(": ")[0] for label in groups if ": " in label}) > 1
     if not several:
         groups = {label.partition(": ")[2] or label: group for label, group in groups.items()}
     fig, axes = plt.subplots(1, 2, figsize=(10.5, 4.4), sharey=True)

@@ -82,6 +82,9 @@ def test_the_figure_holds_the_rows_and_says_the_fit(index, read, tmp_path):
 
 def test_experiments_are_told_apart_where_there_are_several(index, read, tmp_path):
     curves, _ = load_curves(index)
+    plain = [curve._replace(label=label, run=label) for label, curve in zip(("small", "large"), curves)]
+    reward_figure(plain, [], tmp_path / "plain")
+    assert {name for _, name in read(tmp_path / "plain")} >= {"small: train pm", "large: train pm"}
     other = curves[1]._replace(label="other: lm.model=0.4M", run=curves[0].run)
     found = reward_figure([curves[0], other], [], tmp_path / "both")
     assert "rlhf: lm.model=0.4M, sqrt" in found and "other: lm.model=0.4M, sqrt" in found
