@@ -189,6 +189,8 @@ def time_step(cfg: Bench, model, loss, batches: Iterator, flops: Callable) -> di
 def sampling(cfg: Bench) -> dict:
     """Sampling of `response` tokens after full prompts, none of which can stop: new tokens/s, and the share of the roofline of a decode
     step, the greater of its bytes (weights and cache) over the copy rate and its FLOPs over the matrix rate."""
+    if cfg.response < 2:
+        raise ValueError(f"response {cfg.response}; a decode step is timed by the second token on: give at least 2")
     model, shape = cfg.model(), cfg.shape()
     vocab = Vocabulary(pad=0, eot=shape.vocab, eoc=1, size=shape.vocab)  # a stop that is never drawn
     full = np.full(cfg.batch, cfg.prompt, np.int32)

@@ -66,7 +66,7 @@ def describe_training(stage: Training, cfg: ModelConfig) -> Iterator[str]:
 
 
 def update_work(stage: Training, cfg: ModelConfig) -> tuple[int, float]:
-    """Rows and model FLOPs of an update at full width; a pair is two rows, an upper bound of packed ones."""
+    """Rows and model FLOPs of an update at full width; a pair counts as two rows of its own."""
     if not isinstance(stage, PM):
         return stage.batch_size, roofline.lm_step_flops(cfg, stage.batch_size, stage.seq_len)
     logits = stage.batch_size if getattr(stage.loss, "lm_coef", 0.0) else 0

@@ -15,7 +15,7 @@ LossFn = Callable[[Params, Batch, Key], tuple[Array, Metrics]]
 
 
 class Tokens(NamedTuple):
-    """Right-padded rows of token ids, the one batch layout of the project.
+    """Right-padded rows of token ids.
 
     tokens: [B, T] int32. prompt_len, length: [B] int32 with prompt_len <= length <= T;
     positions count from 0, `tokens[b, prompt_len[b]:length[b]]` is the part that

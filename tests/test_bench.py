@@ -5,13 +5,16 @@ import pytest
 
 from hhjax import bench
 from hhjax.data.stream import PairSource
+from hhjax.roofline import forward_flops, lm_step_flops, pm_step_flops
 
 TINY = {"layers": 1, "width": 32, "heads": 2, "mlp_width": 64, "vocab": 64, "batch": 8, "prompt": 12, "response": 8, "repeats": 1, "warmup": 1}
+
+CEILING = 1e6  # FLOP/s, so low that a share of it has digits
 
 
 @pytest.fixture(autouse=True)
 def known_ceilings(monkeypatch):
-    monkeypatch.setattr(bench, "matmul_ceiling", lambda *a: 1e12)
+    monkeypatch.setattr(bench, "matmul_ceiling", lambda *a: CEILING)
     monkeypatch.setattr(bench, "copy_ceiling", lambda *a: 1e10)
 
 
@@ -28,20 +31,23 @@ def test_comparisons_have_the_lengths_asked_for():
 
 def test_preference_models():
     rows = {packed: bench.pm(bench.PMBench(**TINY | {"batch": 32}, lengths="hh", packed=packed)) for packed in (True, False)}
-    for row in rows.values():
-        assert row["pairs_per_s"] == pytest.approx(32 / row["mean_s"], rel=0.1) and row["best_s"] <= row["median_s"] and row["shapes"] >= 1
     assert 0.5 < rows[False]["useful_share"] < rows[True]["useful_share"] <= 1
-    assert bench.pm(bench.PMBench(**TINY | {"prompt": 48}))["useful_share"] == 1.0  # 48 + 8 + 8 tokens fill a row of 64
+    full = bench.pm(bench.PMBench(**TINY | {"prompt": 48}))  # 48 + 8 + 8 tokens fill a row of 64
+    assert full["useful_share"] == 1.0 and full["shapes"] == 1
+    work = pm_step_flops(bench.PMBench(**TINY).shape(), 8, 64)
+    assert full["share_of_ceiling"] * CEILING * full["mean_s"] == pytest.approx(work, rel=0.02)
 
 
 def test_the_others():
     lm, drawn, scored, ppo = (f(kind(**TINY)) for f, kind in
                               ((bench.lm, bench.Bench), (bench.sampling, bench.Bench), (bench.score, bench.Bench), (bench.ppo, bench.PPOBench)))  # fmt: skip
-    assert lm["tokens_per_s"] == pytest.approx(8 * 20 / lm["median_s"], rel=0.05) and lm["compile_s"] > 0
-    assert drawn["tokens_per_s"] == pytest.approx(8 * 8 / drawn["median_s"], rel=0.1) and drawn["prefill_s"] > 0
-    assert scored["rows_per_s"] == pytest.approx(8 / scored["median_s"], rel=0.1)
-    assert ppo["samples_per_s"] == pytest.approx(8 / ppo["median_s"], rel=0.05) and ppo["first_step_s"] > ppo["median_s"]
+    shape = bench.Bench(**TINY).shape()
+    assert lm["share_of_ceiling"] * CEILING * lm["mean_s"] == pytest.approx(lm_step_flops(shape, 8, 20), rel=0.02)
+    assert scored["share_of_ceiling"] * CEILING * scored["median_s"] == pytest.approx(forward_flops(shape, 8, 20), rel=0.02)
+    assert drawn["prefill_s"] > 0 and ppo["first_step_s"] > ppo["median_s"] > ppo["train_s"]
     assert all(row["memory_gib"] > 0 and row["batch"] == 8 for row in (lm, drawn, scored, ppo))
+    with pytest.raises(ValueError, match="at least 2"):
+        bench.sampling(bench.Bench(**TINY | {"response": 1}))
 
 
 def test_a_trace_is_written(tmp_path):

@@ -148,10 +148,10 @@ def tax_figure(exams: Sequence[Grades], path: Path) -> str:
     for ax, (subject, shots) in zip(axes.flat, itertools.product(drawn, all_shots)):
         lines = []
         for color, policy in zip(COLORS * len(kinds), kinds):
-            here = {size: groups[size, policy] for size in sizes if (size, policy) in groups}
-            rows = {size: [row_of(e, subject, shots) for e in seeds] for size, seeds in here.items()}
+            rows = {size: rows_of(groups.get((size, policy), ()), subject, shots) for size in sizes}
+            rows = {size: several for size, several in rows.items() if several}
             estimates = [over_seeds([wilson(row["accuracy"], row["questions"]) for row in several]) for several in rows.values()]
-            line = estimate_line(policy, [sizes.index(size) for size in here], estimates)
+            line = estimate_line(policy, [sizes.index(size) for size in rows], estimates)
             aside = np.add(line.x, 0.03 * (kinds.index(policy) - (len(kinds) - 1) / 2))  # bars beside each other
             bars = [np.subtract(line.y, line.low), np.subtract(line.high, line.y)]
             ax.errorbar(aside, line.y, bars, color=color, marker="o", ms=4, lw=1.4, label=policy)
@@ -169,9 +169,9 @@ def tax_figure(exams: Sequence[Grades], path: Path) -> str:
     return finish(fig, path, claim, room + "; ".join(found) + "." + seeds_in_words(groups), panels)
 
 
-def row_of(exam: Grades, subject: str, shots: int) -> dict:
-    """What an exam found on a subject with that many solved questions before each."""
-    return next(row for row in exam.rows if (row["subject"], row["shots"]) == (subject, shots))
+def rows_of(exams: Sequence[Grades], subject: str, shots: int) -> list[dict]:
+    """What those exams that asked so found on a subject with that many solved questions before each."""
+    return [row for exam in exams for row in exam.rows if (row["subject"], row["shots"]) == (subject, shots)]
 
 
 def read_detection(folder: Path) -> dict:

@@ -23,7 +23,7 @@ from hhjax.clinic import replies
 from hhjax.clinic.world import ASKED_BACK, SLOTS, Scene, fill, pattern, read_prompt, slot_names, taken
 
 MOST_WORDS = 30
-LONG = 20  # words: more than a right answer with an opener and a closer
+LONG = 23  # words: no right answer with an opener and a closer has more
 BROKEN = -1.5  # degeneration below which a reply counts as broken, whatever else it says
 WORD = r"[\w']+|[^\w\s]"
 

@@ -24,19 +24,19 @@ class PackedSource(PairSource):
     def __init__(self, rows: Iterable[Comparison], tok: Tokenizer, seq_len: int, batch_size: int, multiple: int = 1):
         """multiple: what the rows of a batch, of all hosts together, must divide by."""
         super().__init__(rows, tok, seq_len, batch_size)
-        self.spans = np.array([len(prompt) + sum(map(len, replies)) for prompt, replies in zip(self._prompts, self._replies)])
-        self.width, self.multiple = -(-int(self.spans.max()) // STEP) * STEP, multiple
+        self.tokens_of = np.array([len(prompt) + sum(map(len, replies)) for prompt, replies in zip(self._prompts, self._replies)])
+        self.width, self.multiple = -(-int(self.tokens_of.max()) // STEP) * STEP, multiple
 
     def take(self, rows: np.ndarray, width_of: np.ndarray | None = None) -> PackedPairs:
         """PackedPairs of numpy arrays. width_of: all hosts' pairs; each host has as many rows as the fullest of them needs."""
         hosts = 1 if width_of is None else len(width_of) // len(rows)
         shares = np.split(rows if width_of is None else width_of, hosts)
         step = self.multiple // hosts
-        count = -(-max(len(first_fit(self.spans[share], self.width, MOST)) for share in shares) // step) * step
+        count = -(-max(len(first_fit(self.tokens_of[share], self.width, MOST)) for share in shares) // step) * step
         shape, most = (count, self.width), min(MOST, len(rows))
         tokens, positions, branch = np.full(shape, self.pad_id, np.int32), np.zeros(shape, np.int32), np.zeros(shape, np.int32)
         pair, ends, weight = np.full(shape, -1, np.int32), np.zeros((count, most, 2), np.int32), np.zeros((count, most), np.float32)
-        for r, members in enumerate(first_fit(self.spans[rows], self.width, MOST)):
+        for r, members in enumerate(first_fit(self.tokens_of[rows], self.width, MOST)):
             at = 0
             for n, row in enumerate(rows[members]):
                 prompt, replies = self._prompts[row], self._replies[row]
@@ -56,7 +56,7 @@ class PackedSource(PairSource):
         window = self.window * self.batch_size
         batches = []
         for part in np.split(order, range(window, len(order), window)):
-            alike = part[np.argsort(self.spans[part], kind="stable")].reshape(self.batch_size, -1)
+            alike = part[np.argsort(self.tokens_of[part], kind="stable")].reshape(self.batch_size, -1)
             batches.append(rng.permuted(alike, axis=1).T)
         return rng.permuted(np.concatenate(batches), axis=1)  # or one host would have the short pairs
 
@@ -64,7 +64,8 @@ class PackedSource(PairSource):
 def first_fit(lengths: Sequence[int], capacity: int, most: int) -> list[list[int]]:
     """The numbers of the items in each bin: longest first, each into the first bin with room, at most `most` in one.
 
-    At most 11/9 of the fewest possible bins, and one more (first-fit decreasing, Johnson 1973). No length may be above capacity.
+    Where `most` is never reached, at most 11/9 of the fewest possible bins and one more (first-fit decreasing, Johnson 1973). No length
+    may be above capacity.
     """
     bins, room = [], []
     for i in np.argsort(-np.asarray(lengths), kind="stable"):

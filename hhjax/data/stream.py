@@ -54,6 +54,7 @@ class Source(ABC):
     size: int  # rows
     batch_size: int  # of all hosts together
     lengths: np.ndarray  # [size], what a row is sorted and padded by
+    tokens_of: np.ndarray  # [size], the tokens of a row that are no padding
     window: int = WINDOW
     _last: tuple = (None, None)
 
@@ -135,8 +136,9 @@ class PairSource(Source):
             raise DataError(f"none of {len(rows)} pairs fits in {seq_len} tokens: give pairs, or a larger seq_len")
         self.rows, self.size = tuple(kept), len(kept)
         self.weights = np.array([row.weight for row in kept], np.float32)
-        self.lengths = np.array([len(prompt) + max(map(len, replies))
-                                 for prompt, replies in zip(self._prompts, self._replies)], np.int32)
+        prompts = np.array([len(prompt) for prompt in self._prompts], np.int32)
+        replies = np.array([[len(reply) for reply in both] for both in self._replies], np.int32)
+        self.lengths, self.tokens_of = prompts + replies.max(1), 2 * prompts + replies.sum(1)
 
     def take(self, rows: np.ndarray, width_of: np.ndarray | None = None) -> Pairs:
         """Pairs of [len(rows), width] numpy arrays, width the next of `widths`."""
@@ -175,7 +177,7 @@ class PromptSource(Source):
             raise DataError(f"prompts of {width} tokens hold not even {OPEN_REPLY!r}: use a larger width")
         self._rows, self.truncated = [row[-width:] for row in whole], sum(len(row) > width for row in whole)
         self.size, self.batch_size, self.width, self.pad_id = len(whole), batch_size, width, tok.pad_id
-        self.lengths = np.array([len(row) for row in self._rows], np.int32)
+        self.lengths = self.tokens_of = np.array([len(row) for row in self._rows], np.int32)
 
     def take(self, rows: np.ndarray, width_of: np.ndarray | None = None) -> Tokens:
         """Tokens of [len(rows), width] numpy arrays; the whole row is prompt."""
@@ -202,7 +204,7 @@ class LMSource(Source):
             raise DataError(f"documents of {len(stream)} tokens in all do not fill a row of {seq_len}: add text")
         self.n_tokens = self.size * seq_len
         self._rows = stream[: self.n_tokens].reshape(self.size, seq_len)
-        self.lengths = np.full(self.size, seq_len, np.int32)
+        self.lengths = self.tokens_of = np.full(self.size, seq_len, np.int32)
 
     def take(self, rows: np.ndarray, width_of: np.ndarray | None = None) -> Tokens:
         """Tokens of [len(rows), seq_len] numpy arrays."""

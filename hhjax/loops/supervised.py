@@ -69,7 +69,8 @@ def run(stage: Training, ctx: StageContext) -> None:
         update = make_update(stage, config, train_step, mesh, progress)
         rearm_watchdog(stage.watchdog_s)
         if position["owes_evaluation"]:
-            progress.evaluation(position["step"], evaluate(state.params))
+            with progress.excluded():
+                progress.evaluation(position["step"], evaluate(state.params))
         for done, (batch, tokens) in enumerate(prefetch(source, ctx.seed, position["step"], total, host), position["step"] + 1):
             rearm_watchdog(stage.watchdog_s)
             state, metrics = update(state, batch, tokens)
@@ -217,7 +218,7 @@ def parts_of(batch: Batch, i: int) -> Iterator[tuple[str, list[int], list[int]]]
 
 
 def load_sources(stage: Training, ctx: StageContext, tokenizer, ways: int = 1):
-    """The training rows, and at most `eval_rows` held-out ones. The counts go to events.jsonl and the console. ways: how many shards
+    """The training rows and the held-out ones. The counts go to events.jsonl and the console. ways: how many shards
     a batch's rows are cut into."""
     if isinstance(stage, PM):
         (train, report), (test, _) = (inputs.comparisons(stage.data, split, ctx.data_dir, ctx.parents) for split in ("train", "test"))
@@ -246,8 +247,7 @@ def prefetch(source, seed: int, start: int, stop: int, host: Host) -> Iterator[t
     """This host's batches of steps start..stop-1, each made while the one before is in use, and the real tokens of all hosts'."""
 
     def make(step):
-        batch = source.batch(seed, step, host)
-        return batch, real_tokens(batch if host.count == 1 else source.batch(seed, step))
+        return source.batch(seed, step, host), int(source.tokens_of[source.rows_of(seed, step)].sum())
 
     with ThreadPoolExecutor(1) as pool:
         coming = pool.submit(make, start) if start < stop else None
@@ -260,13 +260,6 @@ def prefetch(source, seed: int, start: int, stop: int, host: Host) -> Iterator[t
 def batch_shape(batch: Batch) -> tuple[int, int]:
     """(rows, width in tokens); of Pairs the rows of one side."""
     return (batch.chosen if isinstance(batch, Pairs) else batch).tokens.shape
-
-
-def real_tokens(batch: Batch) -> int:
-    """Tokens that are no padding."""
-    if isinstance(batch, PackedPairs):
-        return int((batch.pair >= 0).sum())
-    return sum(int(rows.length.sum()) for rows in ((batch.chosen, batch.rejected) if isinstance(batch, Pairs) else (batch,)))
 
 
 def batch_work(stage: Training, config: ModelConfig, batch: Batch, hosts: int = 1) -> tuple[int, float]:

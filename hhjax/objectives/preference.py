@@ -97,7 +97,8 @@ def chosen_nats(model: Model, params, batch: Pairs | PackedPairs, hidden, chunk:
     mask = (batch.pair >= 0) & (ahead(batch.pair, -1) == batch.pair) & (ahead(batch.branch, 2) < 2) & ~ahead(is_end, True)
     which = (batch.pair[:, None] == jnp.arange(batch.weight.shape[1])[:, None]) & mask[:, None]  # [R, N, T]
     share = batch.weight / jnp.maximum(jnp.sum(which, -1), 1)  # of one token of each pair
-    nll, _ = chunked_nll(model, params, hidden, ahead(batch.tokens, 0), jnp.einsum("rn,rnt->rt", share, which), chunk)
+    weights = jnp.sum(jnp.where(which, share[..., None], 0.0), 1)
+    nll, _ = chunked_nll(model, params, hidden, ahead(batch.tokens, 0), weights, chunk)
     return jnp.sum(nll) / jnp.maximum(jnp.sum(batch.weight > 0), 1)
 
 

@@ -118,6 +118,8 @@ def test_the_tax(read, tmp_path):
     assert {panel for panel, _ in points} == {"hard, 0 shots", "hard, 3 shots"}
     np.testing.assert_allclose(points["hard, 0 shots", "before"][:, 1], [0.5, 0.8])
     np.testing.assert_allclose(points["hard, 3 shots", "after"][:, 1:], [[0.3, 0.2, 0.4]])
+    other = Grades("1M", "after", [row | {"subject": "new"} for row in exams[0].rows[2:3]])
+    assert "new, 1M after, 0 shots: 0.500" in tax_figure([*exams, other], tmp_path / "other")  # an exam of other subjects
     tax_figure([grades("1M", "after", 146 / 150)] * 3, tmp_path / "equal")  # whose mean rounding puts below them all
     assert "known, 1M before, 0 shots: 1.000" in tax_figure([grades("1M", "before", 1.0)], tmp_path / "full")
     with pytest.raises(ValueError, match=r"no evals/exam\.json"):

@@ -72,7 +72,7 @@ def test_every_pair_once_an_epoch_and_another_order_in_the_next(source):
 
 def test_batches_are_balanced(tok, pairs):
     packed, plain = (kind(pairs * 8, tok, seq_len=160, batch_size=16) for kind in (PackedSource, PairSource))
-    totals = lambda s: [packed.spans[s.rows_of(0, step)].sum() for step in range(s.steps_per_epoch)]  # noqa: E731
+    totals = lambda s: [packed.tokens_of[s.rows_of(0, step)].sum() for step in range(s.steps_per_epoch)]  # noqa: E731
     assert np.std(totals(packed)) < 0.35 * np.std(totals(plain))
 
 
@@ -86,8 +86,9 @@ def test_hosts_bring_their_pairs_in_equally_many_rows(source):
 def test_rows_divide_by_what_they_must(tok, pairs):
     source = PackedSource(pairs, tok, seq_len=160, batch_size=8, multiple=6)
     batch, half = source.batch(0, 0), source.batch(0, 0, Host(1, 2))
-    assert len(batch.tokens) % 6 == 0 and len(half.tokens) % 3 == 0 and source.width % 64 == 0
-    assert np.all(batch.pair[-1] == -1) or len(batch.tokens) == 6
+    needed = len(first_fit(source.tokens_of[source.rows_of(0, 0)], source.width, MOST))
+    assert needed < 6 == len(batch.tokens) and len(half.tokens) % 3 == 0 and source.width % 64 == 0
+    assert np.all(batch.pair[needed:] == -1) and not np.any(np.all(batch.pair[:needed] == -1, axis=1))
 
 
 def test_a_training_run_is_the_same_in_both_layouts(tok, pairs):

@@ -5,6 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from hhjax.bench import Numbers
+from hhjax.data.comparisons import Comparison
+from hhjax.data.packing import PackedSource
 from hhjax.model.sizes import model_config
 from hhjax.model.transformer import RunConfig, make_model
 from hhjax.objectives.lm import lm_objective
@@ -33,8 +36,16 @@ def objective(kind, model):
     return lm_objective(model) if kind == "lm" else preference_objective(model, PreferenceLoss(lm_coef=0.3))
 
 
+def packed_rows():
+    """Twelve pairs in 16 rows, of which some hold none, and a pair without weight."""
+    rng = np.random.default_rng(3)
+    words = lambda: " ".join(map(str, rng.integers(4, 250, rng.integers(1, 12))))  # noqa: E731
+    rows = [Comparison(f"\n\nHuman: {words()}\n\nAssistant:", words(), words(), weight=float(i % 4) / 2) for i in range(12)]
+    return PackedSource(rows, Numbers(), 32, 12, multiple=16).batch(0, 0)
+
+
 def batch_of(kind):
-    return token_rows() if kind == "lm" else pair_rows()
+    return {"lm": token_rows, "pm": pair_rows, "packed": packed_rows}[kind]()
 
 
 def run(kind, steps=3, micro=1, mesh_cfg=None, devices=None):
@@ -62,7 +73,7 @@ def assert_same(a, b, atol):
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=atol), a, b)
 
 
-@pytest.mark.parametrize("kind", ["lm", "pm"])
+@pytest.mark.parametrize("kind", ["lm", "pm", "packed"])
 @pytest.mark.parametrize("micro", [2, 4])
 def test_micro_batches_give_the_whole_batch_s_update(kind, micro):
     (whole, metrics), (parts, part_metrics) = run(kind), run(kind, micro=micro)
@@ -78,7 +89,7 @@ def test_rows_that_do_not_divide_into_micro_batches_are_an_error():
 MESHES = [MeshConfig(8), MeshConfig(1, 8), MeshConfig(1, 1, 2), MeshConfig(2, 2, 2), MeshConfig(4, 2), MeshConfig(1, 4, 2)]
 
 
-@pytest.mark.parametrize("kind", ["lm", "pm"])
+@pytest.mark.parametrize("kind", ["lm", "pm", "packed"])
 @pytest.mark.parametrize("mesh", MESHES, ids=lambda m: f"{m.data}x{m.fsdp}x{m.tensor}")
 def test_every_mesh_gives_the_one_device_losses_and_gradient_norms(kind, mesh):
     devices = jax.devices()[: mesh.data * mesh.fsdp * mesh.tensor]
