@@ -256,6 +256,10 @@ def test_a_sweep_lists_each_missing_stage_once(chain):
     assert sweep.without(["f.py", "--jobs", "2", "--only=x", "--lm.steps", "3"], ("--jobs", "--only")) == [
         "f.py", "--lm.steps", "3",
     ]  # fmt: skip
+    # An empty value is a value, and tyro takes underscores too.
+    assert sweep.passed_on(["f.py", "--sbatch=", "--seed", "3", "--service_account", "me", "--dry_run", "--data_dir=a_b"]) == [
+        "f.py", "--seed", "3", "--data_dir=a_b",
+    ]  # fmt: skip
 
 
 @pytest.mark.slow
