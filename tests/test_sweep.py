@@ -35,10 +35,11 @@ wc -l < {log} | tr -d ' '
 """
 SQUEUE = """#!/bin/sh
 for id in $(cat {log}.queued 2>/dev/null); do case "$*" in *--jobs=$id) echo PENDING; exit 0;; esac; done
-exit 1
+echo "slurm_load_jobs error: Invalid job id specified" >&2; exit 1
 """
 KUBECTL = """#!{python}
-# JobSets in a folder; one is Completed the second time it is looked at, except where a file FAIL names it.
+# JobSets in a folder; one is Completed the second time it is looked at, except where a file FAIL names it. Where there is a file
+# TIMEOUT, the first look at one fails.
 import json, sys, yaml
 from pathlib import Path
 here, (namespace, verb, *rest) = Path("{log}.jobsets"), sys.argv[1:]
@@ -49,6 +50,9 @@ if verb == "apply":
     (here / manifest["metadata"]["name"]).write_text(json.dumps(manifest))
 elif verb == "delete":
     (here / rest[1]).unlink()
+elif (here / "TIMEOUT").exists() and (here / rest[1]).exists():
+    (here / "TIMEOUT").unlink()
+    sys.exit("Unable to connect to the server: net/http: TLS handshake timeout")
 elif (here / rest[1]).exists():
     manifest = json.loads((here / rest[1]).read_text())
     if "status" not in manifest:
@@ -157,6 +161,22 @@ def test_gke_gets_each_jobset_once_its_parents_have_succeeded(swept, capsys):
     assert [argv for argv in logged(swept)[before:] if argv[0] != "get"] == [
         ["delete", "jobset", names[2], "--wait=true"], ["apply", "--filename=-"],
     ]  # fmt: skip
+
+
+def test_a_cluster_that_does_not_answer_once_ends_no_sweep(swept, capsys):
+    (swept / "log.jobsets").mkdir()
+    (swept / "log.jobsets" / "TIMEOUT").touch()
+    assert sweep.run(["swept.py", *GKE, "--only", "seed=0"]) == 0
+    said = capsys.readouterr().out
+    assert "TLS handshake timeout" in said and said.count("done:") == 3
+
+
+def test_slurm_that_does_not_answer_is_no_job_forgotten(swept):
+    assert sweep.run(["swept.py", "--backend", "slurm"]) == 0
+    (swept / "bin" / "squeue").write_text("#!/bin/sh\necho Unable to contact slurm controller >&2; exit 1\n")
+    with pytest.raises(ConfigError, match="failed with 1: Unable to contact slurm controller"):
+        sweep.run(["swept.py", "--backend", "slurm"])
+    assert len(logged(swept)) == 5  # nothing twice
 
 
 def test_a_missing_command_or_option_is_said(swept, monkeypatch):
