@@ -8,10 +8,12 @@ import signal
 import subprocess
 import sys
 import time
+from importlib import metadata
 from pathlib import Path
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
 
 from hhjax import jobset
 from hhjax.fields import ConfigError
@@ -309,6 +311,18 @@ def test_the_image_has_the_locked_packages_and_the_planned_libtpu():
     [libtpu] = config["options.extras_require"]["plan"].split("\n")[1:]
     text = (TPU / "Dockerfile").read_text()
     assert libtpu.replace(" ", "") in text and "--require-hashes" in text and "lock/py311.txt" in text and "FROM python:3.11" in text
+
+
+@pytest.mark.parametrize("lock", ["py311.txt", "py312.txt"])
+def test_what_jax_needs_on_tpus_is_locked(lock):
+    """All but libtpu, which the image and vm.sh add; and what that needs in its turn. Versions: of the jax that is installed."""
+    locked = dict(re.findall(r"^([\w.-]+)==(\S+)", (ROOT / "lock" / lock).read_text(), re.MULTILINE))
+    needed = [Requirement(line) for line in metadata.requires("jax")]
+    needed = [r for r in needed if r.marker and r.marker.evaluate({"extra": "tpu"}) and not r.marker.evaluate({"extra": ""})]
+    assert {r.name for r in needed} >= {"libtpu", "requests"}
+    for r in needed:
+        assert r.name == "libtpu" or locked[r.name] and (locked["jax"] != metadata.version("jax") or locked[r.name] in r.specifier)
+    assert locked.keys() >= {"charset-normalizer", "idna", "urllib3", "certifi"}
 
 
 def test_shellcheck_finds_nothing():
