@@ -10,9 +10,11 @@ from pathlib import Path
 
 import pytest
 import yaml
+from etils import epath
 
 from hhjax import jobs, sweep
 from hhjax.fields import ConfigError
+from hhjax.io.files import POINTER
 from hhjax.io.metrics import read_events, read_rows, write_event
 
 SWEPT = '''"""A tokenizer and a language model for two seeds, each with a child."""
@@ -215,6 +217,21 @@ def test_states_say_why(swept, capsys):
     assert lines[1].endswith("ended without a word, saved at step 40") and lines[2].endswith(": ValueError: a mesh of 3")
     assert lines[3].endswith("loss is not finite at step 7") and lines[4].endswith("process 12 on elsewhere")
     assert total == "1 done, 1 resumable, 2 failed, 1 running"
+
+
+def test_checkpoints_that_cannot_be_read_do_not_end_the_list_of_states(swept, monkeypatch, capsys):
+    def no_gcsfs(*args):
+        raise ImportError("Please install gcsfs to access Google Storage")
+
+    monkeypatch.setattr(type(epath.Path("gs://bucket/pm")), "glob", no_gcsfs)
+    assert sweep.run(["swept.py", "--backend", "slurm"]) == 0
+    pm = folders()[2]
+    (pm / "config.json").write_text("{}")
+    (pm / POINTER).write_text("gs://bucket/pm")
+    capsys.readouterr()
+    assert sweep.run(["swept.py", "--status"]) == 0
+    said = capsys.readouterr().out
+    assert "checkpoints at gs://bucket/pm, which cannot be read here: Please install gcsfs" in said and "4 new, 1 resumable" in said
 
 
 def test_a_local_dry_run_shows_the_commands(swept, capsys):
