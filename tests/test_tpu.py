@@ -297,6 +297,8 @@ def test_a_batch_job_is_queued_again_by_its_exit_code(tmp_path, code, restarts, 
     assert (tmp_path / "log").read_text().splitlines() == [
         "srun --kill-on-bad-exit=1 hhjax run f.py", *(["scontrol requeue 17"] if requeued else []),
     ]  # fmt: skip
+    shown(SLURM, "hhjax", code=code, **env, SLURM_CPUS_PER_TASK="8")  # which srun does not take from the job by itself
+    assert "srun --kill-on-bad-exit=1 --cpus-per-task=8 hhjax" in (tmp_path / "log").read_text().splitlines()
     assert "srun --kill-on-bad-exit=1 hhjax run f.py" in shown(SLURM, "--dry-run", "hhjax", "run", "f.py")
 
 
@@ -311,6 +313,13 @@ def test_the_image_has_the_locked_packages_and_the_planned_libtpu():
     [libtpu] = config["options.extras_require"]["plan"].split("\n")[1:]
     text = (TPU / "Dockerfile").read_text()
     assert libtpu.replace(" ", "") in text and "--require-hashes" in text and "lock/py311.txt" in text and "FROM python:3.11" in text
+    assert re.search(r"gcsfs==\d", text)  # for --checkpoints gs://
+
+
+def test_the_image_has_no_runs_data_or_history():
+    """And has hhjax/data: a pattern of .dockerignore is of the root, unless it begins with **."""
+    left_out = (ROOT / ".dockerignore").read_text().split()
+    assert left_out == [".git", "runs", "data", ".venv-*", "**/__pycache__"]
 
 
 @pytest.mark.parametrize("lock", ["py311.txt", "py312.txt"])
