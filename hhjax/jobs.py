@@ -77,10 +77,11 @@ class Slurm:
         return shlex.join(self.argv(job, [f"<{name}>" for name in after]))
 
     def whereabouts(self, job: Job) -> str:
-        """Such as `slurm job 17 PENDING`."""
+        """Such as `slurm job 17 PENDING`. Raises ConfigError when squeue does not answer."""
         number = self.job_id(job)
         asked = ["squeue", "--noheader", "--format=%T", f"--jobs={number}"]
-        state = said(asked, check=False).strip() if number else ""  # squeue fails on a job that it has forgotten
+        # Of a job that it has forgotten; to take any other failure for that would submit it twice.
+        state = said(asked, or_none="Invalid job id").strip() if number else ""
         return f"slurm job {number} {state}" if state else ""
 
     def job_id(self, job: Job) -> str:
@@ -152,10 +153,13 @@ class Watched:
         self.gke, self.job, self.returncode, self.asked = gke, job, None, time.monotonic()
 
     def poll(self) -> int | None:
-        """0 once it has completed, 1 once it has failed or is gone, None before."""
+        """0 once it has completed, 1 once it has failed or is gone, None before, and where the cluster does not answer."""
         if time.monotonic() - self.asked >= self.gke.poll_s:
             self.asked = time.monotonic()
-            self.returncode = {"Completed": 0, "running": None}.get(self.gke.state(self.job), 1)
+            try:
+                self.returncode = {"Completed": 0, "running": None}.get(self.gke.state(self.job), 1)
+            except ConfigError as error:  # a timeout, say: it is asked again
+                print(f"asked again: {error}", flush=True)
         return self.returncode
 
     def terminate(self) -> None:
@@ -165,12 +169,14 @@ class Watched:
         pass
 
 
-def said(argv: Sequence[str], stdin: str = "", check: bool = True) -> str:
-    """What a command prints. Raises ConfigError, with its own words, where it is missing or (check) fails."""
+def said(argv: Sequence[str], stdin: str = "", or_none: str = "") -> str:
+    """What a command prints; "" where it fails with the words or_none. Raises ConfigError where it is missing or fails otherwise."""
     try:
         done = subprocess.run(argv, input=stdin, capture_output=True, text=True)
     except FileNotFoundError:
         raise ConfigError(f"{argv[0]} is not installed; run this where it is, or use --dry-run") from None
-    if check and done.returncode:
-        raise ConfigError(f"{shlex.join(argv)} failed with {done.returncode}: {done.stderr.strip()}")
-    return done.stdout if not done.returncode else ""
+    if not done.returncode:
+        return done.stdout
+    if or_none and or_none in done.stderr:
+        return ""
+    raise ConfigError(f"{shlex.join(argv)} failed with {done.returncode}: {done.stderr.strip()}")

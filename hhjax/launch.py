@@ -125,7 +125,8 @@ def run_stage(command: Command, run: Run, placed: Placed, should_stop: Callable[
         return
     for ref, parent in placed.parents.items():
         is_stage = split_step(ref)[0] in placed.after or "id" in read_config(parent)
-        if is_stage and not agreed(is_done(Path(parent))):  # others may see process 0's files late
+        # Others may see process 0's files late, so each asks, whatever it sees: a collective is for all.
+        if not agreed(is_done(Path(parent)) or not is_stage):
             raise ConfigError(f"{stage.name} needs {ref!r}, which is not done ({parent}); run it first")
     if first_process():
         folder.mkdir(parents=True, exist_ok=True)

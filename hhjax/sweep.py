@@ -149,10 +149,11 @@ def without(args: Sequence[str], names: Sequence[str], switches: Sequence[str] =
     """The arguments without these flags and their values, and without these switches."""
     kept, skip = [], False
     for a in args:
-        name, _, value = a.partition("=")
+        name, equals, _ = a.partition("=")
+        name = name.replace("_", "-")  # tyro takes both
         if not skip and name not in (*names, *switches):
             kept.append(a)
-        skip = not skip and name in names and not value
+        skip = not skip and name in names and not equals
     return kept
 
 

@@ -15,7 +15,7 @@ find_python() {
     exit 2
 }
 
-python=$(find_python)
+python=$(find_python) || return 2 # the exit above ends its subshell alone
 tag=py$("$python" -c 'import sys; print("%d%d" % sys.version_info[:2])')
 venv=.venv-$tag
 PY=$venv/bin/python

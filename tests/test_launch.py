@@ -108,6 +108,19 @@ def test_a_hugging_face_folder_is_a_parent(chain, hugging_face_folder):
     assert config["identity"]["init"] == folder_digest(hugging_face_folder)
 
 
+@pytest.mark.parametrize("config", [{"id": "x"}, {}])
+def test_a_host_that_sees_files_late_makes_every_collective(chain, hugging_face_folder, monkeypatch, config):
+    """Of a parent given by its path: whether its config.json is there yet or not, each host asks as often as the others."""
+    (chain / "foreign.py").write_text(FOREIGN.format(folder=str(hugging_face_folder)))
+    command, _ = flags.parse(["foreign.py"], "x")
+    [(run, [stage])] = [(r, launch.place(r, command.launch.out)) for r in command.runs]
+    asked, answers = [], iter((False, True, True, True))  # process 0's: not done, the parent is, the LOCK is held, done meanwhile
+    monkeypatch.setattr(launch, "read_config", lambda folder: config)
+    monkeypatch.setattr(launch, "agreed", lambda value: asked.append(value) or next(answers))
+    launch.run_stage(command, run, stage, lambda: False)
+    assert len(asked) == 4
+
+
 def test_checkpoints_may_be_elsewhere(chain):
     """A child finds its parent's there, and a later command needs not say it again."""
     assert launch.run(["chain.py", "--only", "seed=0", "--checkpoints", "elsewhere"]) == 0
@@ -255,6 +268,10 @@ def test_a_sweep_lists_each_missing_stage_once(chain):
     assert [j.stage for j in sweep.list_jobs(placed)] == ["lm", "pm", "lm", "pm"]
     assert sweep.without(["f.py", "--jobs", "2", "--only=x", "--lm.steps", "3"], ("--jobs", "--only")) == [
         "f.py", "--lm.steps", "3",
+    ]  # fmt: skip
+    # An empty value is a value, and tyro takes underscores too.
+    assert sweep.passed_on(["f.py", "--sbatch=", "--seed", "3", "--service_account", "me", "--dry_run", "--data_dir=a_b"]) == [
+        "f.py", "--seed", "3", "--data_dir=a_b",
     ]  # fmt: skip
 
 

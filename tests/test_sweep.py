@@ -10,9 +10,11 @@ from pathlib import Path
 
 import pytest
 import yaml
+from etils import epath
 
 from hhjax import jobs, sweep
 from hhjax.fields import ConfigError
+from hhjax.io.files import POINTER
 from hhjax.io.metrics import read_events, read_rows, write_event
 
 SWEPT = '''"""A tokenizer and a language model for two seeds, each with a child."""
@@ -35,10 +37,11 @@ wc -l < {log} | tr -d ' '
 """
 SQUEUE = """#!/bin/sh
 for id in $(cat {log}.queued 2>/dev/null); do case "$*" in *--jobs=$id) echo PENDING; exit 0;; esac; done
-exit 1
+echo "slurm_load_jobs error: Invalid job id specified" >&2; exit 1
 """
 KUBECTL = """#!{python}
-# JobSets in a folder; one is Completed the second time it is looked at, except where a file FAIL names it.
+# JobSets in a folder; one is Completed the second time it is looked at, except where a file FAIL names it. Where there is a file
+# TIMEOUT, the first look at one fails.
 import json, sys, yaml
 from pathlib import Path
 here, (namespace, verb, *rest) = Path("{log}.jobsets"), sys.argv[1:]
@@ -49,6 +52,9 @@ if verb == "apply":
     (here / manifest["metadata"]["name"]).write_text(json.dumps(manifest))
 elif verb == "delete":
     (here / rest[1]).unlink()
+elif (here / "TIMEOUT").exists() and (here / rest[1]).exists():
+    (here / "TIMEOUT").unlink()
+    sys.exit("Unable to connect to the server: net/http: TLS handshake timeout")
 elif (here / rest[1]).exists():
     manifest = json.loads((here / rest[1]).read_text())
     if "status" not in manifest:
@@ -159,6 +165,22 @@ def test_gke_gets_each_jobset_once_its_parents_have_succeeded(swept, capsys):
     ]  # fmt: skip
 
 
+def test_a_cluster_that_does_not_answer_once_ends_no_sweep(swept, capsys):
+    (swept / "log.jobsets").mkdir()
+    (swept / "log.jobsets" / "TIMEOUT").touch()
+    assert sweep.run(["swept.py", *GKE, "--only", "seed=0"]) == 0
+    said = capsys.readouterr().out
+    assert "TLS handshake timeout" in said and said.count("done:") == 3
+
+
+def test_slurm_that_does_not_answer_is_no_job_forgotten(swept):
+    assert sweep.run(["swept.py", "--backend", "slurm"]) == 0
+    (swept / "bin" / "squeue").write_text("#!/bin/sh\necho Unable to contact slurm controller >&2; exit 1\n")
+    with pytest.raises(ConfigError, match="failed with 1: Unable to contact slurm controller"):
+        sweep.run(["swept.py", "--backend", "slurm"])
+    assert len(logged(swept)) == 5  # nothing twice
+
+
 def test_a_missing_command_or_option_is_said(swept, monkeypatch):
     with pytest.raises(ConfigError, match="--backend 'cloud'; choose one of local, slurm, gke"):
         sweep.run(["swept.py", "--backend", "cloud"])
@@ -195,6 +217,21 @@ def test_states_say_why(swept, capsys):
     assert lines[1].endswith("ended without a word, saved at step 40") and lines[2].endswith(": ValueError: a mesh of 3")
     assert lines[3].endswith("loss is not finite at step 7") and lines[4].endswith("process 12 on elsewhere")
     assert total == "1 done, 1 resumable, 2 failed, 1 running"
+
+
+def test_checkpoints_that_cannot_be_read_do_not_end_the_list_of_states(swept, monkeypatch, capsys):
+    def no_gcsfs(*args):
+        raise ImportError("Please install gcsfs to access Google Storage")
+
+    monkeypatch.setattr(type(epath.Path("gs://bucket/pm")), "glob", no_gcsfs)
+    assert sweep.run(["swept.py", "--backend", "slurm"]) == 0
+    pm = folders()[2]
+    (pm / "config.json").write_text("{}")
+    (pm / POINTER).write_text("gs://bucket/pm")
+    capsys.readouterr()
+    assert sweep.run(["swept.py", "--status"]) == 0
+    said = capsys.readouterr().out
+    assert "checkpoints at gs://bucket/pm, which cannot be read here: Please install gcsfs" in said and "4 new, 1 resumable" in said
 
 
 def test_a_local_dry_run_shows_the_commands(swept, capsys):

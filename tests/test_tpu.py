@@ -8,10 +8,12 @@ import signal
 import subprocess
 import sys
 import time
+from importlib import metadata
 from pathlib import Path
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
 
 from hhjax import jobset
 from hhjax.fields import ConfigError
@@ -187,8 +189,77 @@ def test_vms_new_and_older():
     assert "compute ssh pm-HOST" in run and "--worker" not in run and "HHJAX_CLUSTER=1" in run and "supervise.sh" in run
     older = shown(TPU / "vm.sh", "--dry-run", "--older", "run", "pm", "us-west4-a", "v5e", "hhjax", "run", "f.py")
     assert "compute tpus tpu-vm ssh pm" in older and "--worker=all" in older
+    older = shown(TPU / "vm.sh", "--dry-run", "--older", "setup", "pm", "us-west4-a")
+    assert "tpus tpu-vm scp" in older and "pm:hhjax.tgz" in older and "python3.11-venv" in older
     queued = shown(TPU / "vm.sh", "--dry-run", "--older", "create", "pm", "us-west4-a", "v5litepod-16", "v2-alpha-tpuv5-lite", "--spot")
     assert queued.split()[:5] == ["gcloud", "compute", "tpus", "queued-resources", "create"] and "--spot" in queued
+
+
+GCLOUD = """#!/bin/bash
+# Two hosts, folders beside this file; what is said to them runs there. Where there is a file GONE, list-instances says no more.
+here=$(dirname "$0"); echo "$@" >> "$here/log"
+case "$*" in
+    *list-instances*) [ -e "$here/GONE" ] || printf 'pm-1\\npm-2\\n' ;;
+    "compute scp "*) cp "$3" "$here/${4%%:*}/${4#*:}" ;;
+    "compute ssh "*) cd "$here/$3" && bash -c "${@: -1}" ;;
+esac
+"""
+PYTHON = """#!/bin/bash
+# A Python 3.11 that makes its virtual environment, and writes down what it is to install.
+case "$*" in
+    *'%d.%d'*) echo 3.11 ;;
+    *'%d%d'*) echo 311 ;;
+    *"-m venv"*) mkdir -p "${@: -1}/bin" && cp "$0" "${@: -1}/bin/python" ;;
+    *"-m pip"*) echo "$@" >> installed ;;
+esac
+"""
+
+
+@pytest.fixture
+def two_hosts(tmp_path):
+    """A folder for PATH with stand-ins for gcloud and Python, and the homes of two hosts."""
+    for name, text in (("gcloud", GCLOUD), ("python3.11", PYTHON)):
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    for host in ("pm-1", "pm-2"):
+        (tmp_path / host).mkdir()
+    return tmp_path
+
+
+def test_vms_are_set_up_and_updated(two_hosts):
+    """What is copied is the code; a second setup replaces it where it was."""
+    source, path = two_hosts / "source", f"{two_hosts}:/usr/bin:/bin"
+    for name in ("tpu/vm.sh", "scripts/env.sh", "lock/py311.txt"):
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, source / name)
+    for name in (".git/HEAD", "runs/x", "data/x", ".venv-py311/lock.txt", "hhjax/data/x", "hhjax/__pycache__/x"):
+        (source / name).parent.mkdir(parents=True)
+        (source / name).write_text("old")
+    shown(source / "tpu" / "vm.sh", "setup", "pm", "us-east5-a", PATH=path)
+    (source / "hhjax" / "data" / "x").write_text("new")
+    shown(source / "tpu" / "vm.sh", "setup", "pm", "us-east5-a", PATH=path)
+    for host in ("pm-1", "pm-2"):
+        home = two_hosts / host / "hhjax"
+        assert sorted(p.name for p in home.iterdir()) == [".venv-py311", "hhjax", "installed", "lock", "scripts", "tpu"]
+        assert [p.name for p in (home / "hhjax").iterdir()] == ["data"] and (home / "hhjax/data/x").read_text() == "new"
+        said = (home / "installed").read_text()
+        assert said.count("--require-hashes") == 1 and said.count(".[plan]") == 2
+
+
+def test_vms_that_are_not_there_are_no_success(two_hosts):
+    (two_hosts / "GONE").touch()
+    for command in (["setup", "pm", "z"], ["stop", "pm", "z"], ["run", "pm", "z", "v5p", "hhjax"]):
+        assert "pm has no hosts in z" in shown(TPU / "vm.sh", *command, code=1, PATH=f"{two_hosts}:/usr/bin:/bin")
+    (two_hosts / "gcloud").write_text("#!/bin/sh\nexit 3\n")
+    assert "pm has no hosts in z" in shown(TPU / "vm.sh", "stop", "pm", "z", code=1, PATH=f"{two_hosts}:/usr/bin:/bin")
+
+
+@pytest.mark.parametrize("script", ["quickstart.sh", "test.sh"])
+def test_without_a_python_the_scripts_end_with_2(tmp_path, script):
+    for name in ("bash", "dirname"):
+        (tmp_path / name).symlink_to(shutil.which(name))
+    said = shown(tmp_path / "bash", ROOT / "scripts" / script, code=2, PATH=str(tmp_path))
+    assert said == "hhjax needs Python 3.11 or 3.12 and found neither; install one, or set HHJAX_PYTHON to it\n"
 
 
 def test_the_environment_of_each_generation():
@@ -226,6 +297,8 @@ def test_a_batch_job_is_queued_again_by_its_exit_code(tmp_path, code, restarts, 
     assert (tmp_path / "log").read_text().splitlines() == [
         "srun --kill-on-bad-exit=1 hhjax run f.py", *(["scontrol requeue 17"] if requeued else []),
     ]  # fmt: skip
+    shown(SLURM, "hhjax", code=code, **env, SLURM_CPUS_PER_TASK="8")  # which srun does not take from the job by itself
+    assert "srun --kill-on-bad-exit=1 --cpus-per-task=8 hhjax" in (tmp_path / "log").read_text().splitlines()
     assert "srun --kill-on-bad-exit=1 hhjax run f.py" in shown(SLURM, "--dry-run", "hhjax", "run", "f.py")
 
 
@@ -240,6 +313,25 @@ def test_the_image_has_the_locked_packages_and_the_planned_libtpu():
     [libtpu] = config["options.extras_require"]["plan"].split("\n")[1:]
     text = (TPU / "Dockerfile").read_text()
     assert libtpu.replace(" ", "") in text and "--require-hashes" in text and "lock/py311.txt" in text and "FROM python:3.11" in text
+    assert re.search(r"gcsfs==\d", text)  # for --checkpoints gs://
+
+
+def test_the_image_has_no_runs_data_or_history():
+    """And has hhjax/data: a pattern of .dockerignore is of the root, unless it begins with **."""
+    left_out = (ROOT / ".dockerignore").read_text().split()
+    assert left_out == [".git", "runs", "data", ".venv-*", "**/__pycache__"]
+
+
+@pytest.mark.parametrize("lock", ["py311.txt", "py312.txt"])
+def test_what_jax_needs_on_tpus_is_locked(lock):
+    """All but libtpu, which the image and vm.sh add; and what that needs in its turn. Versions: of the jax that is installed."""
+    locked = dict(re.findall(r"^([\w.-]+)==(\S+)", (ROOT / "lock" / lock).read_text(), re.MULTILINE))
+    needed = [Requirement(line) for line in metadata.requires("jax")]
+    needed = [r for r in needed if r.marker and r.marker.evaluate({"extra": "tpu"}) and not r.marker.evaluate({"extra": ""})]
+    assert {r.name for r in needed} >= {"libtpu", "requests"}
+    for r in needed:
+        assert r.name == "libtpu" or locked[r.name] and (locked["jax"] != metadata.version("jax") or locked[r.name] in r.specifier)
+    assert locked.keys() >= {"charset-normalizer", "idna", "urllib3", "certifi"}
 
 
 def test_shellcheck_finds_nothing():

@@ -2,7 +2,7 @@
 # TPU VMs on Compute Engine, without Kubernetes:
 #
 #   tpu/vm.sh [--dry-run] create NAME ZONE MACHINE TOPOLOGY HOSTS [--spot]    such as create pm us-east5-a ct5p-hightpu-4t 4x4x4 16 --spot
-#   tpu/vm.sh [--dry-run] setup NAME ZONE            on every host: this folder, the locked packages and libtpu
+#   tpu/vm.sh [--dry-run] setup NAME ZONE            on every host: this folder, Python 3.11, the locked packages, libtpu; again: updates
 #   tpu/vm.sh [--dry-run] run NAME ZONE GENERATION COMMAND...    on every host, under tpu/supervise.sh, until done
 #   tpu/vm.sh [--dry-run] stop NAME ZONE             SIGTERM to every host: they save, and end with 75
 #   tpu/vm.sh [--dry-run] delete NAME ZONE
@@ -39,27 +39,35 @@ hosts() { # names of the slice's machines
         gcloud compute instance-groups managed list-instances "$name" --zone "$zone" --format 'value(instance.basename())'
     fi
 }
+need_hosts() { # sets all, the names of the hosts; fails where there are none
+    if ! all=$(hosts) || [ -z "$all" ]; then
+        echo "$name has no hosts in $zone: is it created, and this the right zone and project?" >&2
+        return 1
+    fi
+}
 on_all() { # a shell command on every host, side by side; fails when one does
-    local host pids=() failed=0
+    local host all pids=() failed=0
     if [ -n "$older" ]; then
         do_it gcloud compute tpus tpu-vm ssh "$name" --zone "$zone" --worker=all --command "$1"
         return
     fi
-    for host in $(hosts); do
+    need_hosts || return
+    for host in $all; do
         do_it gcloud compute ssh "$host" --zone "$zone" --command "$1" &
         pids+=($!)
     done
     for pid in "${pids[@]}"; do wait "$pid" || failed=$?; done
     return "$failed"
 }
-copy_to_all() {
-    local host
+copy_to_all() { # one file into the home folder of every host; fails when one copy does
+    local host all
     if [ -n "$older" ]; then
-        do_it gcloud compute tpus tpu-vm scp "$here" "$name:hhjax" --recurse --zone "$zone" --worker=all
+        do_it gcloud compute tpus tpu-vm scp "$1" "$name:${1##*/}" --zone "$zone" --worker=all
         return
     fi
-    for host in $(hosts); do
-        do_it gcloud compute scp "$here" "$host:hhjax" --recurse --zone "$zone"
+    need_hosts || return
+    for host in $all; do
+        do_it gcloud compute scp "$1" "$host:${1##*/}" --zone "$zone" || return
     done
 }
 
@@ -86,8 +94,17 @@ case "$verb$older" in
             --runtime-version="$2" "${spot[@]}"
         ;;
     setup*)
-        copy_to_all
-        on_all "cd hhjax && bash -c 'source scripts/env.sh && \$PY -m pip install --quiet --editable .[plan]'"
+        folder=$(mktemp -d)
+        trap 'rm -r "$folder"' EXIT
+        # ./data is the folder of data sets, and not hhjax/data
+        do_it tar --exclude=./.git --exclude=./runs --exclude=./data --exclude='./.venv*' --exclude=__pycache__ \
+            -czf "$folder/hhjax.tgz" -C "$here" .
+        copy_to_all "$folder/hhjax.tgz"
+        # Ubuntu 22.04, which the images have, brings Python 3.10, and 24.04 brings 3.12 without its venv.
+        on_all "mkdir -p hhjax && tar -xzf hhjax.tgz -C hhjax && cd hhjax &&
+            { python3.11 -c 'import ensurepip' 2>/dev/null || python3.12 -c 'import ensurepip' 2>/dev/null ||
+            { sudo apt-get update && sudo apt-get install --yes python3.11-venv || sudo apt-get install --yes python3.12-venv; }; } &&
+            bash -ec 'source scripts/env.sh; \$PY -m pip install --quiet --editable .[plan]'"
         ;;
     run*)
         [ $# -ge 2 ] || usage

@@ -142,9 +142,18 @@ def why_not_done(folder: Path) -> tuple[str, str]:
         return "failed", last["message"]
     if state == "diverged":
         return "failed", f"{last['metric']} is not finite at step {last['step']}"
-    saved = max((int(p.stem) for p in checkpoints_dir(folder).glob("*.json") if p.stem.isdigit()), default=None)
     ended = "told to stop" if state == "preempted" else "ended without a word"
-    return "resumable", f"{ended}, {'nothing saved' if saved is None else f'saved at step {saved}'}"
+    return "resumable", f"{ended}, {what_is_saved(folder)}"
+
+
+def what_is_saved(folder: Path) -> str:
+    """The newest checkpoint in words, also where none can be read: a bucket without gcsfs, without leave, without a network."""
+    at = checkpoints_dir(folder)
+    try:
+        saved = max((int(p.stem) for p in at.glob("*.json") if p.stem.isdigit()), default=None)
+    except Exception as error:  # of gcsfs, of what is below it, or for want of it
+        return f"checkpoints at {at}, which cannot be read here: {error}"
+    return "nothing saved" if saved is None else f"saved at step {saved}"
 
 
 def main_metric(folder: Path, rows: list[dict]) -> str:
