@@ -251,8 +251,9 @@ def tracing(folder: str):
 
 
 def about(cfg: Bench) -> dict:
-    """What was asked for, and where it ran. memory_gib: the most that a device held, or this process."""
-    return vars(cfg) | {"memory_gib": memory_gib(), "device": jax.devices()[0].device_kind, "jax": jax.__version__, "load": round(os.getloadavg()[0], 2)}
+    """What was timed, and where. memory_gib: the most that a device held, or this process."""
+    shape = {name: getattr(cfg.shape(), name) for name in ("layers", "width", "heads", "mlp_width", "vocab")}
+    return vars(cfg) | shape | {"memory_gib": memory_gib(), "device": jax.devices()[0].device_kind, "jax": jax.__version__, "load": round(os.getloadavg()[0], 2)}
 
 
 def ppo(cfg: PPOBench) -> dict:

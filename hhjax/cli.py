@@ -156,8 +156,8 @@ def check_data(argv: Sequence[str]) -> int:
 
     args = tyro.cli(CheckData, args=argv, prog="hhjax check-data")
     report = check(args.path)
-    print(report)
-    return 2 if args.strict and report.skipped else 0
+    print(report.text(len(report.skipped)))
+    return 2 if (args.strict and report.skipped) or not report.kept else 0
 
 
 @dataclass(frozen=True)

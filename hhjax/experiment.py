@@ -179,7 +179,8 @@ class PM(Training):
     """A preference model, one epoch at a constant rate (Bai et al. 2022, section 3.1).
 
     init: the LM it starts from, with a fresh score head; or None with `tokenizer` and `model`, for none.
-    packed: comparisons lie end to end in rows, each prompt once; False gives every reply a row of its own, with its prompt.
+    packed: comparisons lie end to end in rows, each prompt once, and every batch has short and long ones; False gives every reply a
+    row of its own, with its prompt, in batches of like lengths.
     objective: (model, loss config) -> LossFn over PackedPairs and Pairs (held-out comparisons have rows of their own).
     """
 

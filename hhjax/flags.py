@@ -30,7 +30,7 @@ class LaunchConfig:
     only: str = "*"
     """Runs whose name matches this pattern."""
     stage: str | None = None
-    """This stage alone; what it needs must be done."""
+    """This stage alone; what it needs must be done (sweep: this stage and what it needs)."""
     out: Path = Path("runs")
     """Where run directories are."""
     checkpoints: str | None = None
@@ -85,6 +85,8 @@ def parse(argv: Sequence[str], prog: str, extra: type | None = None) -> tuple[Co
         print(module.__doc__ or "")  # tyro would set it as one paragraph
     flags = tyro.cli(make_dataclass("Flags", top + stages), args=rest, prog=name, description="", config=SWITCHES)
     launch = LaunchConfig(**picked(LaunchConfig, flags))
+    if launch.jobs < 1:
+        raise ConfigError(f"--jobs {launch.jobs}; give at least 1")
     if launch.fast and hasattr(module, "RUNS"):
         raise ConfigError(f"{file} has no fast version: it defines RUNS; --fast needs a function `runs(fast)`")
     changes = {path: value_at(flags, path) for path in given_paths(rest)}
@@ -136,8 +138,8 @@ def experiment_file(argv: Sequence[str], prog: str) -> tuple[Path, list[str]]:
     """The first argument as a file, and the rest."""
     if not argv or argv[0].startswith("-"):
         raise ConfigError(f"usage: {prog} FILE [flags]; `{prog} FILE --help` lists the flags of an experiment file")
-    if not Path(argv[0]).is_file():
-        raise ConfigError(f"{argv[0]!r} is no file; give the path of an experiment file, such as experiments/pm_hh.py")
+    if not Path(argv[0]).is_file() or Path(argv[0]).suffix != ".py":
+        raise ConfigError(f"{argv[0]!r} is no Python file; give the path of an experiment file, such as experiments/pm_hh.py")
     return Path(argv[0]), list(argv[1:])
 
 

@@ -39,6 +39,8 @@ class Pod:
     """The container image that tpu/Dockerfile made."""
     bucket: str = ""
     """The Cloud Storage bucket that is mounted at /runs."""
+    data: str = ""
+    """The data folder in the pods, such as /runs/data on the bucket, with the files that this machine sees."""
     queue: str = "hhjax"
     """The Kueue LocalQueue that jobs wait in."""
     namespace: str = "default"
@@ -79,7 +81,7 @@ def jobset(name: str, command: Sequence[str], pod: Pod) -> dict:
         "name": CONTAINER,
         "image": pod.image,
         "command": ["tpu/env.sh", topology.kind, *command],
-        "env": [{"name": "HHJAX_CACHE", "value": f"{MOUNT}/cache"}],
+        "env": [{"name": name, "value": value} for name, value in (("HHJAX_CACHE", f"{MOUNT}/cache"), ("HHJAX_DATA", pod.data)) if value],
         "ports": [{"containerPort": 8471}, {"containerPort": 8080}],
         "resources": {"limits": {"google.com/tpu": chips_per_host(topology)}},
         "volumeMounts": [{"name": "runs", "mountPath": MOUNT}],

@@ -48,7 +48,7 @@ def run(argv: Sequence[str]) -> int:
     if command.launch.print_config:
         return launch.run([*flags, "--only", command.launch.only])
     placed = [(r, place(r, command.launch.out, command.launch.data_dir)) for r in command.runs]
-    backend, jobs = make_backend(options, flags), list_jobs(placed)
+    backend, jobs = make_backend(options, flags), list_jobs(placed, command.launch.stage)
     if options.status:
         print("\n".join(status_lines(placed, {job.folder: backend.whereabouts(job) for job in jobs})))
         return launch.DONE
@@ -76,15 +76,25 @@ def make_backend(options: SweepFlags, flags: Sequence[str]):
     return Gke(flags, options) if options.backend == "gke" else Local(flags)
 
 
-def list_jobs(placed: Sequence[tuple[Run, Sequence[Placed]]]) -> list[Job]:
-    """One job per folder that is not done, parents before children."""
+def list_jobs(placed: Sequence[tuple[Run, Sequence[Placed]]], stage: str | None = None) -> list[Job]:
+    """One job per folder that is not done, parents before children; of `stage` and what it needs, where one is named.
+
+    Raises ConfigError on a stage that no run has.
+    """
     jobs = {}
     for run, stages in placed:
         folders = {p.stage.name: p.dir for p in stages}
         for p in stages:
             if not launch.is_done(p.dir):
                 jobs.setdefault(p.dir, Job(p.dir, run.full_name, p.stage.name, frozenset(folders[n] for n in p.after)))
-    return list(jobs.values())
+    if stage is None:
+        return list(jobs.values())
+    wanted = {p.dir for _, stages in placed for p in stages if p.stage.name == stage}
+    if not wanted:
+        raise ConfigError(f"--stage {stage!r} is no stage of these runs; they have {', '.join(dict.fromkeys(p.stage.name for _, s in placed for p in s))}")
+    for folder in reversed(jobs):  # children before parents
+        wanted |= jobs[folder].needs if folder in wanted else set()
+    return [job for folder, job in jobs.items() if folder in wanted]
 
 
 def status_lines(placed: Sequence[tuple[Run, Sequence[Placed]]], whereabouts: dict[Path, str]):
@@ -101,7 +111,7 @@ def status_lines(placed: Sequence[tuple[Run, Sequence[Placed]]], whereabouts: di
         state, why = states[folder]
         several = f" and {len(shared) - 1} more" if len(shared) > 1 else ""
         where = f"{folder.parent.name}/{folder.name}"
-        yield f"{state:<10}{names[folder]:<12}{where:<40}{shared[0]}{several}{f': {why}' if why else ''}"
+        yield f"{state:<10}{names[folder]:<16} {where:<40} {shared[0]}{several}{f': {why}' if why else ''}"
     found = [state for state, _ in states.values()]
     yield ", ".join(f"{found.count(state)} {state}" for state in dict.fromkeys(found))
 
@@ -142,7 +152,7 @@ def schedule(jobs: list[Job], most: int, start) -> int:
 def passed_on(argv: Sequence[str]) -> list[str]:
     """FILE and the flags that `hhjax run` takes for one stage."""
     names = ["--" + f.name.replace("_", "-") for f in fields(SweepFlags) if f.name != "status"]
-    return without(argv, (*names, "--jobs", "--only"), ("--share", "--status", "--dry-run"))
+    return without(argv, (*names, "--jobs", "--only", "--stage"), ("--share", "--status", "--dry-run"))
 
 
 def without(args: Sequence[str], names: Sequence[str], switches: Sequence[str] = ()) -> list[str]:

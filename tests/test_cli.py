@@ -83,6 +83,8 @@ def test_check_data_reports_and_is_strict(tiny_data, tmp_path, capsys):
     assert call("check-data", str(bad)) == 0 and "200 kept, 1 skipped" in capsys.readouterr().out
     assert call("check-data", str(bad), "--strict") == 2 and "bad.jsonl:201" in capsys.readouterr().out
     assert call("check-data", str(tmp_path / "none.jsonl")) == 2
+    bad.write_text('{"chosen": null}\n' * 12)
+    assert call("check-data", str(bad)) == 2 and "bad.jsonl:12" in capsys.readouterr().out  # every row; nothing is left to train on
 
 
 def test_tokenizer_train(tiny_data, tmp_path, capsys):

@@ -168,7 +168,7 @@ def test_a_flag_that_does_not_exist_names_the_nearest(chain, capsys):
         flags.parse(["chain.py", "--only", "zzz"], "hhjax run")
     with pytest.raises(ConfigError, match="has no stage 'mp'; did you mean 'pm'"):
         launch.run(["chain.py", "--stage", "mp"])
-    with pytest.raises(ConfigError, match="'none.py' is no file"):
+    with pytest.raises(ConfigError, match="'none.py' is no Python file"):
         flags.parse(["none.py"], "hhjax run")
 
 

@@ -142,6 +142,9 @@ def test_gke_gets_each_jobset_once_its_parents_have_succeeded(swept, capsys):
     assert sweep.run(["swept.py", *GKE, "--dry-run"]) == 0
     planned = list(yaml.safe_load_all(capsys.readouterr().out))[:-1]
     assert not logged(swept) and len(planned) == 5
+    assert sweep.run(["swept.py", *GKE, "--data", "/runs/data", "--dry-run"]) == 0
+    pod = next(yaml.safe_load_all(capsys.readouterr().out))["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
+    assert {"name": "HHJAX_DATA", "value": "/runs/data"} in pod["containers"][0]["env"] and "--data" not in pod["containers"][0]["command"]
     assert sweep.run(["swept.py", *GKE]) == 0
     kept = {p.name: json.loads(p.read_text()) for p in (swept / "log.jobsets").iterdir()}
     for manifest in planned:  # what was shown is what was applied
@@ -240,6 +243,17 @@ def test_a_local_dry_run_shows_the_commands(swept, capsys):
     assert [line.split()[0] for line in lines] == ["#", "hhjax"] * 3
     assert lines[3] == "hhjax run swept.py --only swept:seed=1 --stage lm" and lines[2].split()[2:] == ["after", lines[0].split()[1]]
     assert not (swept / "runs").exists()
+
+
+def test_one_stage_brings_what_it_needs_and_no_more(swept, capsys):
+    assert sweep.run(["swept.py", "--dry-run", "--stage", "lm", "--only", "*seed=1"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.count("--stage lm") == 1 == shown.count("--stage tok") and "--stage pm" not in shown
+    with pytest.raises(ConfigError, match="'nope' is no stage of these runs; they have tok, lm, pm"):
+        sweep.run(["swept.py", "--stage", "nope"])
+    with pytest.raises(ConfigError, match="--jobs 0; give at least 1"):
+        sweep.run(["swept.py", "--jobs", "0"])
+
 
 
 @pytest.mark.slow

@@ -66,7 +66,11 @@ class DataReport:
         return DataReport(self.read + other.read, self.kept + other.kept,
                           self.skipped + other.skipped, self.notes + other.notes)
 
-    def __str__(self, shown: int = 10) -> str:
+    def __str__(self) -> str:
+        return self.text(10)
+
+    def text(self, shown: int) -> str:
+        """The notes, the counts, and the first `shown` rows that were skipped."""
         lines = [*self.notes, f"{self.read:,} rows read, {self.kept:,} kept, {len(self.skipped):,} skipped"]
         lines += [f"  {count:>7,}  {reason}" for reason, count in self.reasons.most_common()]
         lines += [f"  {row}" for row in self.skipped[:shown]]

@@ -15,6 +15,7 @@ from hhjax.evals.baselines import baseline_margins
 from hhjax.evals.preference import score_comparisons
 from hhjax.experiment import Evaluate, StageContext
 from hhjax.fields import ConfigError
+from hhjax.io.metrics import read_events
 from hhjax.loops import inputs
 from hhjax.loops.supervised import load_model
 from hhjax.loops.waiting import on_first
@@ -59,12 +60,13 @@ def summarise(stage: Evaluate, ctx: StageContext, found: np.ndarray, train, test
     )
     bayes = {"bayes": bayes_accuracy([row.prompt for row in test], [(row.chosen, row.rejected) for row in test], stage.raters)} if stage.raters else {}
     saw = Counter(row.source for row in train)
+    trained = next((e["rows"] for e in reversed(read_events(folder)) if e["event"] == "data"), len(train))  # the others did not fit
     about = {
         "pm": str(folder),
         "size": parent["size"],
         "seed": parent["seed"],
         "parameters": parameters,
-        "comparisons": len(train),
+        "comparisons": trained,
         "shares": {source: round(count / len(train), 4) for source, count in saw.items()},
     } | bayes
     return write_summary(ctx.dir / "evals", scores, about)
