@@ -86,10 +86,10 @@ class Ls:
 def ls(argv: Sequence[str]) -> int:
     args = tyro.cli(Ls, args=argv, prog="hhjax ls")
     states = list_runs(args.out)
-    rows = [("run", "stage", "state", "step", "metric", "age")]
+    rows = [("run", "stage", "state", "step", "metric", "age", "made by")]
     for s in states:
         step = "" if s.step is None else str(s.step)
-        rows.append((str(s.dir.relative_to(args.out)), s.name, s.state, step, s.metric, clock(s.age_s)))
+        rows.append((str(s.dir.relative_to(args.out)), s.name, s.state, step, s.metric, clock(s.age_s), s.made_by))
     print(table(rows) if states else f"no runs under {args.out}")
     return 0
 

@@ -40,10 +40,10 @@ def out(tmp_path):
 def test_ls_shows_state_step_and_metric(out, capsys):
     assert call("ls", str(out)) == 0
     header, *lines = capsys.readouterr().out.splitlines()
-    assert header.split() == ["run", "stage", "state", "step", "metric", "age"]
+    assert header.split() == ["run", "stage", "state", "step", "metric", "age", "made", "by"]
     by_run = {line.split()[0]: line.split() for line in lines}
     assert by_run["pm/1M-s0-aaaaaaaaaa"][1:6] == ["pm", "done", "10", "eval/accuracy", "0.6250"]
-    assert by_run["tokenizer/v320-bbbbbbbbbb"][1:3] == ["tokenizer", "stopped"]
+    assert by_run["tokenizer/v320-bbbbbbbbbb"][1:3] == ["tokenizer", "stopped"] and {line[-1] for line in by_run.values()} == {"e:seed=0"}
     assert call("ls", str(out / "none")) == 0 and "no runs under" in capsys.readouterr().out
 
 

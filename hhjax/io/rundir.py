@@ -20,7 +20,7 @@ PACKAGES = ("hhjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "nump
 
 
 class RunState(NamedTuple):
-    """One line of `hhjax ls`. age_s: since the last sign of life.
+    """One line of `hhjax ls`. age_s: since the last sign of life. made_by: the experiment and run that began it, with what was overridden.
 
     state: done, running, preempted, failed, diverged, or stopped (which says nothing of why).
     """
@@ -31,6 +31,7 @@ class RunState(NamedTuple):
     step: int | None
     metric: str
     age_s: float
+    made_by: str
 
 
 def write_start(folder: Path, config: dict, source: Path, modules: list[Path], command: str, devices: dict) -> None:
@@ -114,7 +115,7 @@ def read_state(folder: Path) -> RunState:
     files = [p for p in (folder / n for n in ("metrics.jsonl", "events.jsonl", "DONE", "LOCK")) if p.exists()]
     age_s = time.time() - max((p.stat().st_mtime for p in files), default=folder.stat().st_mtime)
     step = rows[-1]["step"] if rows else None
-    return RunState(folder, config["name"], state_of(folder), step, main_metric(folder, rows), age_s)
+    return RunState(folder, config["name"], state_of(folder), step, main_metric(folder, rows), age_s, f"{config['experiment']}:{config['run']}")
 
 
 def state_of(folder: Path) -> str:
