@@ -42,7 +42,7 @@ def make_mesh(cfg: MeshConfig = MeshConfig(), devices=None) -> Mesh:
     sizes, types = mesh_sizes(cfg, len(devices)), (AxisType.Auto,) * 3  # Auto: Explicit refuses sharding constraints inside jit
     try:
         return jax.make_mesh(sizes, AXES, axis_types=types, devices=devices)
-    except NotImplementedError:  # no whole dimensions
+    except NotImplementedError:  # jax says so where the sizes are no products of whole dimensions of the torus
         return Mesh(mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True), AXES, axis_types=types)
     except AssertionError:  # v4 with two devices a chip, which jax lays out in no way of its own: by their numbers
         return Mesh(np.array(devices).reshape(sizes), AXES, axis_types=types)

@@ -3,7 +3,8 @@
 import contextlib
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 
 import jax
 import numpy as np
@@ -11,10 +12,9 @@ import numpy as np
 from hhjax.experiment import Diverged, Preempted, StageContext
 from hhjax.io.metrics import Console, MetricsWriter, NullConsole, NullWriter, write_event
 
-
 # Where a run stands: the last step done, the real (not padding) tokens trained on so far, and whether that step's evaluation was
 # given up, for a stop, and is still to be made.
-START = {"step": 0, "tokens": 0, "owes_evaluation": False}
+START = MappingProxyType({"step": 0, "tokens": 0, "owes_evaluation": False})
 
 
 class Progress:
@@ -24,7 +24,7 @@ class Progress:
     the steps since the last row; time spent in `excluded` (compilation, evaluation, saving) is not in them.
     """
 
-    def __init__(self, ctx: StageContext, name: str, position: dict, total: int, ceiling_flops_per_s: float):
+    def __init__(self, ctx: StageContext, name: str, position: Mapping, total: int, ceiling_flops_per_s: float):
         self.ctx, self.name, self.ceiling, self.tokens = ctx, name, ceiling_flops_per_s, position["tokens"]
         first = jax.process_index() == 0
         self.metrics = MetricsWriter(ctx.dir, position["step"], not position["owes_evaluation"]) if first else NullWriter()
