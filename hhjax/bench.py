@@ -199,7 +199,7 @@ def sampling(cfg: Bench) -> dict:
     rows = np.arange(cfg.batch, dtype=np.int32)
 
     def seconds(tokens: int) -> tuple[list[float], float]:
-        draw = jax.jit(lambda params, key: generate(model, params, prompts, rows, key, vocab, Sampling(tokens)).rows.tokens)
+        draw = jax.jit(lambda params, key: generate(model, params, prompts, rows, key, vocab, Sampling(tokens))[0].rows.tokens)
         began = time.perf_counter()
         compiled = draw.lower(params, jax.random.key(0)).compile()
         compile_s = time.perf_counter() - began

@@ -278,7 +278,7 @@ def lower_phase(step: Step, mesh, decode, dtype: str):
         return phases.sample.lower(*inputs)
     judges = judge_params(stage, {role: placed(small[role], shapes_and_places(cfg, mesh)[1]) for role, cfg in step.configs.items()})
     offsets = {"reward": 0.0, "value": 0.0, "tests": dict.fromkeys(stage.tests, 0.0)}
-    gathered = split_rows(jax.eval_shape(phases.sample, *inputs), mesh)
+    gathered = split_rows(jax.eval_shape(phases.sample, *inputs)[0], mesh)
     scored = (state.params, judges, gathered, offsets, 0.0)
     if step.phase == "score":
         return phases.score.lower(*scored)

@@ -66,6 +66,7 @@ class Model(NamedTuple):
     score(params, hidden [..., D]) -> [...] f32, the scalar head
     axes() -> a pytree like params of logical axis names, for `sharding.py`
     init_cache(batch, length) -> an empty key/value cache
+    unrolled(params) -> params as `apply` reads them fastest again and again with a cache
     """
 
     config: Any
@@ -75,6 +76,7 @@ class Model(NamedTuple):
     score: Callable
     axes: Callable
     init_cache: Callable
+    unrolled: Callable
 
 
 class Vocabulary(NamedTuple):

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from hhjax.data.tokenizer import Tokenizer
-from hhjax.model.generate import before_reply_tokens, reply_logps, reply_tokens
+from hhjax.model.replies import before_reply_tokens, reply_logps, reply_tokens
 from hhjax.sharding import batch_host, put_batch, replicated
 from hhjax.types import Model, Tokens
 

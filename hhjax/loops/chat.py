@@ -31,7 +31,7 @@ def talk(ref: str, cfg: Sampling, seed: int = 0, lines: Iterable[str] | None = N
         prompt = render(turns) + OPEN_REPLY
         length = PromptSource([prompt], tok, WIDTHS[-1], 1).lengths[0]
         source = PromptSource([prompt], tok, next(w for w in WIDTHS if w >= length), 1)
-        samples = sample(params, source.batch(0, 0), jax.random.fold_in(jax.random.key(seed), number))
+        samples, _ = sample(params, source.batch(0, 0), jax.random.fold_in(jax.random.key(seed), number))
         [reply] = reply_texts(jax.device_get(samples.rows), tok)
         print(f"Assistant:{reply}", flush=True)
         turns.append(Turn(ASSISTANT, reply.strip()))

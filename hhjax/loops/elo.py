@@ -24,7 +24,7 @@ def run(stage: Elo, ctx: StageContext) -> None:
     source = load_prompts(stage.data, "test", ctx, found["policies.0"].tokenizer, stage.prompt_len, stage.batch_size)
     rows = even_rows(source.size, stage.prompts)
     key = jax.random.fold_in(jax.random.key(ctx.seed), EVALUATION)
-    drawn = [draw_and_judge(stage, ctx, jax.random.fold_in(key, i), found, name, list(judges), source, rows, mesh) for i, name in enumerate(names)]
+    drawn = [draw_and_judge(stage, ctx, jax.random.fold_in(key, i), found, name, list(judges), source, rows, 1, mesh) for i, name in enumerate(names)]
     if jax.process_index():
         return
     prompts, texts = [source.prompts[row] for row in rows], [[text.strip() for text in texts] for _, texts in drawn]

@@ -53,7 +53,7 @@ class Setup(NamedTuple):
 class Phases(NamedTuple):
     """The compiled parts of an iteration, and of a look at held-out prompts.
 
-    spread(policy params) -> them on the rollout mesh; sample(params, prompts, row_ids, key) -> Samples there;
+    spread(policy params) -> them on the rollout mesh; sample(params, prompts, row_ids, key) -> (Samples, decode steps) there;
     gather(samples) -> them on the training mesh; score(...) and exact_kl(...): see train/rollout.py;
     update(state, rollout) -> (state, metrics), the state donated.
     """
@@ -173,11 +173,13 @@ def iterate(setup: Setup, phases: Phases, state: TrainState, offsets: dict, beta
     row_ids = np.split(np.arange(stage.batch_size, dtype=np.int32), count)[index]
     prompts = put_batch((batch, row_ids), setup.rollout_mesh)
     key = jax.random.fold_in(sampling_key(setup), done)
-    state, samples, report, metrics = advance(phases, state, setup.frozen, prompts, key, offsets, beta, seconds, setup.ctx.stop_if_told)
+    state, samples, steps, report, metrics = advance(phases, state, setup.frozen, prompts, key, offsets, beta, seconds, setup.ctx.stop_if_told)
     rows = fetch(samples.rows, mesh)
     seen = watched(stage, [setup.prompts.prompts[i] for i in setup.prompts.rows_of(setup.ctx.seed, done - 1)], rows, setup.tok)
     row = report_row(jax.device_get(report), rows) | means(seen) | {n: float(x) for n, x in jax.device_get(metrics).items() if n != "weight"}
     tokens, new = int(rows.length.sum()), int((rows.length - rows.prompt_len).sum())
+    slots = stage.sampling.slots or stage.batch_size
+    row["slot_occupancy"] = (new - stage.batch_size) / (slots * max(int(steps), 1))  # the first token of a reply costs no decode step
     rates = {f"{name}_s": s for name, s in vars(seconds).items()}
     rates |= {"generate_tokens_per_s": new / seconds.generate, "score_tokens_per_s": tokens / seconds.score,
               "train_tokens_per_s": stage.epochs * tokens / seconds.train,
@@ -187,10 +189,10 @@ def iterate(setup: Setup, phases: Phases, state: TrainState, offsets: dict, beta
 
 def advance(phases: Phases, state: TrainState, frozen: dict, prompts, key, offsets: dict, beta: float, seconds: Seconds,
             poll: Callable[[], None] = lambda: None):  # fmt: skip
-    """One iteration on the devices: (new state, samples, report, metrics), each phase waited for and timed. poll() is called
+    """One iteration on the devices: (new state, samples, decode steps, report, metrics), each phase waited for and timed. poll() is called
     between them."""
     with seconds.phase("generate"):
-        samples = phases.sample(phases.spread(state.params["policy"]), *prompts, key)
+        samples, steps = phases.sample(phases.spread(state.params["policy"]), *prompts, key)
         samples = jax.block_until_ready(phases.gather(samples))
     poll()
     with seconds.phase("score"):
@@ -198,7 +200,7 @@ def advance(phases: Phases, state: TrainState, frozen: dict, prompts, key, offse
     poll()
     with seconds.phase("train"):
         state, metrics = jax.block_until_ready(phases.update(state, rollout))
-    return state, samples, report, metrics
+    return state, samples, steps, report, metrics
 
 
 def report_row(report: dict, rows) -> dict:
@@ -252,7 +254,7 @@ def held_out_replies(setup: Setup, phases: Phases, state: TrainState, offsets: d
     for places, real in row_batches(len(chosen), setup.stage.batch_size):
         setup.ctx.stop_if_told()
         prompts = put_prompts(setup.held_out, chosen[places], places, setup.rollout_mesh)
-        samples = phases.gather(phases.sample(policy, *prompts, key))
+        samples = phases.gather(phases.sample(policy, *prompts, key)[0])
         _, report = phases.score(state.params, setup.frozen, samples, offsets, 0.0)
         yield samples, {n: np.asarray(x)[:real] for n, x in jax.device_get(report).items() if np.ndim(x)}
 

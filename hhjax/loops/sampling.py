@@ -3,6 +3,7 @@
 import functools
 import gzip
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -24,7 +25,7 @@ from hhjax.loops.supervised import compute_dtype, load_model
 from hhjax.model.generate import Sampling, generate
 from hhjax.model.transformer import RunConfig
 from hhjax.objectives.preference import end_scores
-from hhjax.sharding import batch_host, batch_sharding, check_batch, make_mesh, put_batch, replicated
+from hhjax.sharding import batch_host, batch_sharding, batch_ways, check_batch, make_mesh, put_batch, replicated
 from hhjax.train.rollout import closed_rows
 from hhjax.train.state import decayed
 from hhjax.types import Model, Params, Samples, Tokens, Vocabulary
@@ -65,13 +66,14 @@ def load_prompts(data: ComparisonData, split: str, ctx: StageContext, tok: Token
 
 
 def make_sample(model: Model, vocab: Vocabulary, cfg: Sampling, mesh):
-    """sample(params, prompts, row_ids, key) -> Samples, compiled for a mesh; prompts and row_ids split over the batch."""
+    """sample(params, prompts, row_ids, key) -> (Samples, decode steps), compiled for a mesh; prompts, row_ids and samples split over
+    the batch. See `generate`."""
     rows = batch_sharding(mesh)
 
     def sample(params, prompts, row_ids, key):
-        return generate(model, params, prompts, row_ids, key, vocab, cfg)
+        return generate(model, params, prompts, row_ids, key, vocab, cfg, batch_ways(mesh))
 
-    return jax.jit(sample, in_shardings=(None, rows, rows, None), out_shardings=rows)
+    return jax.jit(sample, in_shardings=(None, rows, rows, None), out_shardings=(rows, replicated(mesh)))
 
 
 def make_judge(model: Model, vocab: Vocabulary, mesh):
@@ -92,11 +94,12 @@ def row_batches(count: int, batch_size: int):
         yield places, min(batch_size, count - start)
 
 
-def put_prompts(source: PromptSource, rows: np.ndarray, row_ids: np.ndarray, mesh):
-    """The prompts of these rows and the ids of their samples, on the mesh."""
+def put_prompts(source: PromptSource, rows: np.ndarray, row_ids: np.ndarray, mesh, copies: int = 1):
+    """The prompts of these rows and the ids of their samples, on the mesh. copies: how many rows in a run share a prompt, which is
+    put there once."""
     index, count = batch_host(mesh)
-    mine = np.split(np.arange(len(rows)), count)[index]
-    return put_batch(source.take(rows[mine], width_of=rows), mesh), put_batch(row_ids[mine].astype(np.int32), mesh)
+    prompts, ids = (np.split(x, count)[index] for x in (rows[::copies], row_ids))
+    return put_batch((source.take(prompts, width_of=rows), ids.astype(np.int32)), mesh)
 
 
 def fetch(tree, mesh):
@@ -128,13 +131,12 @@ def run_best_of_n(stage: BestOfN, ctx: StageContext) -> None:
     tok = found["policy"].tokenizer
     source = load_prompts(stage.data, "test", ctx, tok, stage.prompt_len, stage.batch_size)
     chosen, most = even_rows(source.size, stage.prompts), max(stage.ns)
-    rows = np.repeat(chosen, most)
     key = jax.random.fold_in(jax.random.key(ctx.seed), EVALUATION)
-    scores, texts = draw_and_judge(stage, ctx, key, found, "policy", list(judges), source, rows, mesh)
+    scores, texts = draw_and_judge(stage, ctx, key, found, "policy", list(judges), source, chosen, most, mesh)
     if jax.process_index():
         return
     # Above the mean of one reply to the same prompt: errors are of the gain, and not of how prompts differ.
-    prompts = [source.prompts[row] for row in rows]
+    prompts = [source.prompts[row] for row in np.repeat(chosen, most)]
     seen = {f"watch/{name}": np.asarray(x, float) for name, x in stage.watch(prompts, texts).items()} if stage.watch else {}
     scores |= {name: x for name, x in seen.items() if np.isfinite(x).all()}  # a gain needs every reply's
     by_prompt = {name.removeprefix("tests."): s.reshape(len(chosen), most) for name, s in scores.items()}
@@ -161,11 +163,13 @@ def run_best_of_n(stage: BestOfN, ctx: StageContext) -> None:
 
 
 def draw_and_judge(stage, ctx: StageContext, key, found: Mapping[str, Loaded], policy: str, judges, source: PromptSource,
-                   rows: np.ndarray, mesh):
-    """A reply to the prompt of every row (with its place as id), its scores by name [len(rows)], and its text.
+                   prompts: np.ndarray, copies: int, mesh):
+    """`copies` replies to each prompt, in runs, with their places as ids: their scores by name [len(prompts) * copies], and texts.
 
     Raises Preempted when told to stop; nothing of it is kept.
     """
+    rows = np.repeat(prompts, copies)
+    shared = math.gcd(copies, (stage.sampling.slots or stage.batch_size) // batch_ways(mesh))  # rows that read one prompt together
     tok = found[policy].tokenizer
     sample = make_sample(found[policy].model, tok.vocabulary, stage.sampling, mesh)
     judge = {name: make_judge(found[name].model, tok.vocabulary, mesh) for name in judges}
@@ -173,7 +177,7 @@ def draw_and_judge(stage, ctx: StageContext, key, found: Mapping[str, Loaded], p
     scores, texts = {name: [] for name in judges}, []
     for places, real in row_batches(len(rows), stage.batch_size):
         ctx.stop_if_told()
-        samples = sample(params[policy], *put_prompts(source, rows[places], places, mesh), key)
+        samples, _ = sample(params[policy], *put_prompts(source, rows[places], places, mesh, shared), key)
         for name in judges:
             scores[name].append(jax.device_get(judge[name](params[name], samples))[:real])
         texts += reply_texts(fetch(samples.rows, mesh), tok)[:real]
@@ -212,10 +216,9 @@ def run_comparisons(stage: Comparisons, ctx: StageContext) -> None:
         pair, side = np.nonzero(writer == number)
         if not len(pair):
             continue
-        rows = np.repeat(chosen[pair], stage.best_of)
         # Neither two policies nor two tranches share their noise.
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(ctx.seed), number), stage.skip)
-        drawn, texts = draw_and_judge(stage, ctx, key, found, policy, list(judges), source, rows, mesh)
+        drawn, texts = draw_and_judge(stage, ctx, key, found, policy, list(judges), source, chosen[pair], stage.best_of, mesh)
         best = np.arange(len(pair)) * stage.best_of
         if stage.ranker:
             best += drawn["ranker"].reshape(-1, stage.best_of).argmax(1)

@@ -62,7 +62,8 @@ class RunConfig:
 
     remat: "none", "dots" (keep matrix products) or "full" (keep block inputs only).
     unroll: layers per scan step; 0 is all of up to 8 on CPU, where it saves a third, and one elsewhere. dtype: "float32", "bfloat16", or "auto" (bfloat16 on GPU and TPU);
-    parameters are f32 always. barrier: "auto" (CPU only), "on" or "off", see `product`.
+    parameters are f32 always. barrier: "auto" (CPU only), "on" or "off": what XLA's CPU compiler needs to be told of products, see `product`
+    and `unrolled`.
     """
 
     remat: str = field(default="none", metadata={"identity": False})
@@ -112,8 +113,8 @@ def make_model(cfg: ModelConfig, mesh=None, run: RunConfig = RunConfig()) -> Mod
     barrier = run.barrier == "on" or (run.barrier == "auto" and platform == "cpu")
     unroll = min(cfg.layers, run.unroll or (8 if platform == "cpu" else 1))
     block = Block(cfg, dtype, barrier)
-    axes = decoder_axes(cfg)
-    layer_axes = jax.tree.map(lambda a: a[1:], axes["blocks"], is_leaf=is_axes)
+    axes, declared = decoder_axes(cfg), block_params(cfg)
+    layer_axes, shapes = ({name: get(box) for name, box in declared.items()} for get in (lambda b: b.names, lambda b: b.value.shape))
 
     def constrain(x, spec):
         return x if mesh is None else jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
@@ -156,12 +157,26 @@ def make_model(cfg: ModelConfig, mesh=None, run: RunConfig = RunConfig()) -> Mod
             x, _ = jax.lax.scan(body, x, params["blocks"], unroll=unroll)
         else:  # unrolled: a scan would copy the whole cache at every layer
             new = []
-            for i in range(cfg.layers):
-                weights = jax.tree.map(lambda w: w[i], params["blocks"])
+            for i, weights in enumerate(layers_of(params["blocks"])):
                 x, kv = layer(x, weights, where, (cache.keys[i], cache.values[i]))
                 new.append(kv)
             cache = Cache(*map(tuple, zip(*new)))
         return normalize(cfg, x, params["final_norm_scale"], params.get("final_norm_bias")), cache
+
+    def layers_of(blocks):
+        """The weights of each layer, of stacked ones or of `unrolled` ones."""
+        if isinstance(blocks, tuple):
+            return [{name: w.T.reshape(shapes[name]) if w.ndim > 1 else w for name, w in weights.items()} for weights in blocks]
+        return [jax.tree.map(lambda w: w[i], blocks) for i in range(cfg.layers)]
+
+    def unrolled(params):
+        """On CPU a tree per layer, whose matrices are turned so that products sum over the last axis: those of a few rows are twice
+        as fast."""
+        if not barrier:
+            return params
+        turned = lambda name, w: w.reshape(-1, cfg.width).T if name == "o" else w.reshape(len(w), -1).T  # noqa: E731
+        blocks = [{name: turned(name, w) if w.ndim > 1 else w for name, w in ws.items()} for ws in layers_of(params["blocks"])]
+        return params | {"blocks": jax.lax.optimization_barrier(tuple(blocks))}
 
     def logits(params, hidden):
         """[..., D] -> [..., V] f32."""
@@ -181,7 +196,7 @@ def make_model(cfg: ModelConfig, mesh=None, run: RunConfig = RunConfig()) -> Mod
         )
         return Cache(zeros(), zeros())
 
-    return Model(cfg, init, apply, logits, score, lambda: axes, init_cache)
+    return Model(cfg, init, apply, logits, score, lambda: axes, init_cache, unrolled)
 
 
 class Block(nn.Module):
@@ -290,12 +305,9 @@ def init_decoder(cfg: ModelConfig, block: Block, key):
 
 def decoder_axes(cfg: ModelConfig):
     """Logical axis names of every parameter, as a tree of tuples."""
-    block = Block(cfg, jnp.dtype("float32"), False)
-    # The example is made while tracing: made eagerly it would be a dozen little programs to compile.
-    boxed = jax.eval_shape(lambda key: block.init(key, *example_input(cfg)), jax.random.key(0))["params"]
     axes = {
         "embed": ("vocab", "embed"),
-        "blocks": {name: ("layers", *box.names) for name, box in boxed.items()},
+        "blocks": {name: ("layers", *box.names) for name, box in block_params(cfg).items()},
         "final_norm_scale": (None,),
         "score": (None,),
     }
@@ -304,6 +316,14 @@ def decoder_axes(cfg: ModelConfig):
     if not cfg.tied_embeddings:
         axes["unembed"] = ("embed", "vocab")
     return axes
+
+
+@lru_cache(maxsize=32)
+def block_params(cfg: ModelConfig) -> dict:
+    """What flax declares of one block, by name: boxes with axis `names` and a `value` that has a shape."""
+    block = Block(cfg, jnp.dtype("float32"), False)
+    # The example is made while tracing: made eagerly it would be a dozen little programs to compile.
+    return jax.eval_shape(lambda key: block.init(key, *example_input(cfg)), jax.random.key(0))["params"]
 
 
 def example_input(cfg: ModelConfig):

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from hhjax.model.generate import before_reply_tokens, by_chunks, policy_logits, reply_logps, reply_tokens
+from hhjax.model.replies import before_reply_tokens, by_chunks, policy_logits, reply_logps, reply_tokens
 from hhjax.objectives.advantage import explained_variance, gae, shaped_rewards, whiten
 from hhjax.objectives.kl import kl_k1, kl_k3
 from hhjax.objectives.masked import masked_mean, masked_sum

@@ -7,7 +7,7 @@ import pytest
 
 from hhjax.data.tokenizer import load_tokenizer
 from hhjax.evals.multiple_choice import ask, option_logps
-from hhjax.model.generate import policy_logits
+from hhjax.model.replies import policy_logits
 from hhjax.model.sizes import model_config
 from hhjax.model.transformer import make_model
 from hhjax.sharding import MeshConfig, make_mesh

@@ -1,14 +1,16 @@
 """Sampling: what it draws, from which distribution, and that it is the distribution that training sees."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hhjax.model.generate import (Sampling, before_reply_tokens, filtered, generate, joined, policy_logits, reply_logps,
-                                  reply_tokens)  # fmt: skip
+from hhjax.model.generate import Sampling, draw_token, filtered, generate, invert
+from hhjax.model.replies import before_reply_tokens, joined, policy_logits, reply_logps, reply_tokens
 from hhjax.model.transformer import ModelConfig, make_model
-from hhjax.sharding import MeshConfig, batch_sharding, make_mesh, param_shardings
+from hhjax.sharding import MeshConfig, batch_sharding, batch_ways, make_mesh, param_shardings
 from hhjax.types import Tokens, Vocabulary
 
 VOCAB = Vocabulary(pad=0, eot=1, eoc=2, size=60)  # the model has four rows more
@@ -27,6 +29,12 @@ def params(model):
     return params | {"embed": 20 * params["embed"]}
 
 
+@pytest.fixture(scope="module")
+def brief(model):
+    """Its replies have from one token to all of R: <eot> is likelier."""
+    return model._replace(logits=lambda params, hidden: model.logits(params, hidden) + 7.0 * (jnp.arange(64) == VOCAB.eot))
+
+
 def make_prompts(rows=6, width=9, seed=0) -> Tokens:
     rng = np.random.default_rng(seed)
     length = rng.integers(1, width + 1, rows).astype(np.int32)
@@ -37,7 +45,7 @@ def make_prompts(rows=6, width=9, seed=0) -> Tokens:
 
 def draw(model, params, prompts, cfg=Sampling(R), seed=1, ids=None):
     ids = jnp.arange(len(prompts.length)) if ids is None else ids
-    return jax.jit(lambda p, x, i: generate(model, p, x, i, jax.random.key(seed), VOCAB, cfg))(params, prompts, ids)
+    return jax.jit(lambda p, x, i: generate(model, p, x, i, jax.random.key(seed), VOCAB, cfg)[0])(params, prompts, ids)
 
 
 def test_the_logps_are_those_of_a_full_forward(model, params):
@@ -125,21 +133,10 @@ def test_top_k_and_top_p(cfg, kept):
 
 
 def test_it_ends_early_when_all_rows_are_done(model, params):
-    """A model that can only say <eot> takes one step: the loop does not go on to the limit."""
-    def steps(vocab):
-        count = 0
-
-        def counted(*args):
-            nonlocal count
-            count += 1
-            return model.apply(*args)
-
-        with jax.disable_jit():
-            generate(model._replace(apply=counted), params, make_prompts(2), jnp.arange(2), jax.random.key(0), vocab, Sampling(6))
-        return count
-
-    assert steps(Vocabulary(0, 1, 2, size=2)) == 1  # the prompt's forward alone
-    assert steps(Vocabulary(0, 63, 2, size=63)) == 6  # <eot> never
+    """A model that can only say <eot> takes no decode step: the loop does not go on to the limit."""
+    steps = lambda vocab: int(generate(model, params, make_prompts(2), jnp.arange(2), jax.random.key(0), vocab, Sampling(6))[1])  # noqa: E731
+    assert steps(Vocabulary(0, 1, 2, size=2)) == 0
+    assert steps(Vocabulary(0, 63, 2, size=63)) == 5  # <eot> never
 
 
 def test_joined_leaves_no_gap():
@@ -149,19 +146,74 @@ def test_joined_leaves_no_gap():
     np.testing.assert_array_equal(rows.length, [5, 3])
 
 
+@pytest.mark.parametrize("slots", [0, 16])
 @pytest.mark.parametrize("mesh", [MeshConfig(8), MeshConfig(2, 2, 2)])
-def test_a_mesh_draws_the_same(model, params, mesh):
-    """Up to near-ties: the log-probabilities agree, and with these seeds no tie was near enough to matter."""
+def test_a_mesh_draws_the_same(model, brief, params, mesh, slots):
+    """Up to near-ties: the log-probabilities agree, and with these seeds no tie was near enough to matter. Each shard has a queue."""
     mesh = make_mesh(mesh)
     sharded = make_model(model.config, mesh)
     places = param_shardings(sharded.axes(), params, mesh)
-    prompts = make_prompts(8)
-    rows = batch_sharding(mesh)
-    sample = jax.jit(lambda p, x, i: generate(sharded, p, x, i, jax.random.key(1), VOCAB, Sampling(R)),
-                     in_shardings=(places, rows, rows))  # fmt: skip
-    found, one = sample(params, prompts, jnp.arange(8)), draw(model, params, prompts)
+    sharded = sharded._replace(logits=brief.logits)
+    prompts, cfg, rows = make_prompts(32), Sampling(R, slots=slots), batch_sharding(mesh)
+    sample = jax.jit(lambda p, x, i: generate(sharded, p, x, i, jax.random.key(1), VOCAB, cfg, batch_ways(mesh))[0],
+                     in_shardings=(places, rows, rows), out_shardings=rows)  # fmt: skip
+    compiled = sample.lower(params, prompts, jnp.arange(32)).compile()
+    found, one = compiled(jax.device_put(params, places), *jax.device_put((prompts, jnp.arange(32)), rows)), draw(brief, params, prompts)
     np.testing.assert_array_equal(found.rows.tokens, one.rows.tokens)
     np.testing.assert_allclose(found.logp, one.logp, atol=1e-5)
+    cache = (R + 9) * model.config.kv_heads * model.config.head_dim  # of a row; what crosses devices in the loop is smaller
+    moved = [np.prod([int(n) for n in dims.split(",") if n] or [1]) for dims in
+             re.findall(r"= \w+\[([\d,]*)\]\S* all-(?:gather|to-all)\(", compiled.as_text())]  # fmt: skip
+    assert mesh.shape["tensor"] > 1 or not [n for n in moved if n >= cache]
+
+
+@pytest.mark.parametrize(("rows", "slots"), [(32, 8), (12, 1), (30, 15)])
+def test_waiting_rows_take_the_places_of_those_that_ended(brief, params, rows, slots):
+    """The replies are those of all rows at once, in fewer row-steps."""
+    prompts = make_prompts(rows)
+    sample = lambda cfg: jax.jit(lambda: generate(brief, params, prompts, jnp.arange(rows), jax.random.key(1), VOCAB, cfg))()  # noqa: E731
+    (whole, whole_steps), (few, steps) = sample(Sampling(R)), sample(Sampling(R, slots=slots))
+    np.testing.assert_array_equal(few.rows.tokens, whole.rows.tokens)
+    np.testing.assert_array_equal(few.stopped, whole.stopped)
+    np.testing.assert_allclose(few.logp, whole.logp, atol=1e-5)
+    np.testing.assert_allclose(few.entropy, whole.entropy, atol=1e-5)
+    lengths = np.asarray(whole.rows.length - whole.rows.prompt_len)
+    assert lengths.min() == 1 and lengths.max() > R // 2
+    assert (lengths - 1).sum() <= int(steps) * slots < int(whole_steps) * rows  # a first token costs no decode step
+
+
+@pytest.mark.parametrize("slots", [0, 12, 6, 2])
+def test_rows_of_one_prompt_read_it_together(brief, params, slots):
+    prompts = make_prompts(4)
+    repeated = jax.tree.map(lambda x: jnp.repeat(x, 6, 0), prompts)
+    ids = 100 + jnp.arange(24)
+    shared, apart = (draw(brief, params, x, Sampling(R, slots=slots), ids=ids) for x in (prompts, repeated))
+    np.testing.assert_array_equal(shared.rows.tokens, apart.rows.tokens)
+    np.testing.assert_allclose(shared.logp, apart.logp, atol=1e-5)
+
+
+@pytest.mark.parametrize(("rows", "slots", "ways"), [(12, 5, 1), (12, 4, 8), (14, 0, 1)])
+def test_what_does_not_divide_is_an_error(model, params, rows, slots, ways):
+    with pytest.raises(ValueError, match="do not divide"):
+        generate(model, params, make_prompts(4), jnp.arange(rows), jax.random.key(1), VOCAB, Sampling(R, slots=slots), ways)
+
+
+def test_draw_token_inverts_the_distribution():
+    """Over several blocks: frequencies within five standard errors, and never a token of no probability, at the ends of blocks either."""
+    n, rng = 20_000, np.random.default_rng(0)
+    logits = rng.normal(size=300).astype(np.float32)
+    logits[[0, 5, 126, 127, 128, 255, 256, 298, 299]] = -1e30
+    p = np.exp(logits) / np.exp(logits).sum()
+    tokens = jax.jit(draw_token)(jax.random.split(jax.random.key(0), n), jnp.tile(logits, (n, 1)))
+    seen = np.bincount(np.asarray(tokens), minlength=300) / n
+    assert (np.abs(seen - p) <= 5 * np.sqrt(p * (1 - p) / n) + 1e-9).all()
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 1 - 2.0**-23])
+def test_parts_without_size_are_never_found(share):
+    sizes = np.array([0, 0.3, 0, 0, 0.4, 0.3, 0], np.float32)
+    part, inside = invert(jnp.cumsum(sizes)[None], jnp.array([share]))
+    assert sizes[int(part[0])] > 0 and 0 <= float(inside[0]) < 1
 
 
 def test_sampling_is_checked():

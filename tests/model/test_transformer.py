@@ -76,6 +76,8 @@ def test_cached_decoding_of_ragged_rows_equals_the_full_forward(cfg):
     start = jnp.array([3, 5, 2])
     prompt = jnp.where(jnp.arange(5) < start[:, None], tokens[:, :5], 0)  # right-padded prompts
     _, cache = model.apply(params, prompt, cache=model.init_cache(3, 12))
+    params = model.unrolled(params)
+    assert isinstance(params["blocks"], tuple)
     for step in range(7):
         at = start + step
         token = jnp.take_along_axis(tokens, at[:, None], 1)

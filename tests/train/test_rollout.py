@@ -39,7 +39,7 @@ def make_parts(model, cfg=RolloutConfig(), recompute=False):
 @pytest.fixture(scope="module")
 def scored():
     model, params, frozen, prompts = make_all()
-    samples = generate(model, params["policy"], prompts, jnp.arange(8), jax.random.key(0), VOCAB, Sampling(R))
+    samples, _ = generate(model, params["policy"], prompts, jnp.arange(8), jax.random.key(0), VOCAB, Sampling(R))
     actor, score = make_parts(model)
     return model, params, frozen, samples, actor, *score(params, frozen, samples, OFFSETS, 0.1)
 
@@ -115,7 +115,7 @@ def test_exact_kl_is_what_k1_estimates(scored):
     """Averaged over many samples of one prompt the two agree within four standard errors."""
     model, params, frozen, *_ = scored
     prompt = Tokens(jnp.full((2000, 2), 7), jnp.full(2000, 2), jnp.full(2000, 2))
-    samples = generate(model, params["policy"], prompt, jnp.arange(2000), jax.random.key(3), VOCAB, Sampling(R))
+    samples, _ = generate(model, params["policy"], prompt, jnp.arange(2000), jax.random.key(3), VOCAB, Sampling(R))
     _, report = make_parts(model)[1](params, frozen, samples, OFFSETS, 0.0)
     exact = make_exact_kl(model, model, VOCAB, R)(params["policy"], frozen["reference"], samples.rows)
     assert float(exact.std()) < float(report["k1"].std())
@@ -230,7 +230,7 @@ def test_a_toy_reward_is_learnt(seed):
 
     @jax.jit
     def rollout(params, key):
-        samples = generate(model, params["policy"], prompts, jnp.arange(32), key, VOCAB, Sampling(R))
+        samples, _ = generate(model, params["policy"], prompts, jnp.arange(32), key, VOCAB, Sampling(R))
         found, _ = score(params, frozen | {"reference": params["policy"]}, samples, OFFSETS, 0.0)
         reply = jnp.take_along_axis(samples.rows.tokens, samples.rows.prompt_len[:, None] + jnp.arange(R)[None], 1)
         share = jnp.sum((reply == 7) & found.mask, -1) / jnp.sum(found.mask, -1)
