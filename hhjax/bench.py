@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 import platform
 import time
@@ -11,8 +12,10 @@ from datetime import datetime, timezone
 from statistics import median
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
+from hhjax.chips import device_peak
 from hhjax.data.comparisons import Comparison
 from hhjax.data.packing import PackedSource
 from hhjax.data.stream import PairSource
@@ -106,9 +109,23 @@ class PMBench(Bench):
 @dataclass(frozen=True)
 class PPOBench(Bench):
     """Whole PPO iterations by the loop's own compiled parts: sampling, scores by a PM and a reference, an update of policy and separate
-    value network."""
+    value network. lengths: of prompts, "fixed" or "hh" as in PMBench; replies are full. packed: as PPO.packed, which gains nothing where
+    all rows are full. slots: as Sampling.slots."""
 
     epochs: int = 1
+    lengths: str = "fixed"
+    packed: bool = False
+    slots: int = 0
+
+
+@dataclass(frozen=True)
+class GenerateBench(Bench):
+    """Sampling of `response` tokens at most. mean_length: replies stop with a probability of one in so many at each token (0: never).
+    slots: as Sampling.slots. copies: how many of the batch's rows share a prompt."""
+
+    mean_length: float = 0.0
+    slots: int = 0
+    copies: int = 1
 
 
 class Numbers:
@@ -181,42 +198,61 @@ def time_step(cfg: Bench, model, loss, batches: Iterator, flops: Callable) -> di
                 timed.append(time.perf_counter() - began)
                 work.append(flops(batch))
     ceilings.append(cfg.ceiling())
-    return {"median_s": round(median(timed), 6), "mean_s": round(sum(timed) / len(timed), 6), "best_s": round(min(timed), 6),
+    peak = device_peak(jax.devices()[0].device_kind)
+    vendor = {"share_of_vendor": round(sum(work) / sum(timed) / peak, 3)} if peak else {}
+    return vendor | {"median_s": round(median(timed), 6), "mean_s": round(sum(timed) / len(timed), 6), "best_s": round(min(timed), 6),
             "share_of_ceiling": round(sum(work) / sum(timed) / max(ceilings), 3), "ceiling_gflops": round(max(ceilings) / 1e9, 1),
             "shapes": len(programs), "compile_s": round(compile_s, 2)}  # fmt: skip
 
 
-def sampling(cfg: Bench) -> dict:
-    """Sampling of `response` tokens after full prompts, none of which can stop: new tokens/s, and the share of the roofline of a decode
-    step, the greater of its bytes (weights and cache) over the copy rate and its FLOPs over the matrix rate."""
+def sampling(cfg: GenerateBench) -> dict:
+    """Sampling after full prompts: new tokens/s; the share of the roofline of a decode step, the greater of its bytes (weights and cache)
+    over the copy rate and its FLOPs over the matrix rate; and slot_occupancy, the share of the rows decoded that gave a token."""
     if cfg.response < 2:
         raise ValueError(f"response {cfg.response}; a decode step is timed by the second token on: give at least 2")
-    model, shape = cfg.model(), cfg.shape()
-    vocab = Vocabulary(pad=0, eot=shape.vocab, eoc=1, size=shape.vocab)  # a stop that is never drawn
-    full = np.full(cfg.batch, cfg.prompt, np.int32)
-    prompts = Tokens(np.random.default_rng(0).integers(2, cfg.vocab, (cfg.batch, cfg.prompt), np.int32), full, full)
+    model, shape, slots = cfg.model(), cfg.shape(), cfg.slots or cfg.batch
+    vocab = Vocabulary(pad=0, eot=2 if cfg.mean_length else shape.vocab, eoc=1, size=shape.vocab)  # without a mean, a stop that is never drawn
+    count = cfg.batch // cfg.copies
+    full = np.full(count, cfg.prompt, np.int32)
+    prompts = Tokens(np.random.default_rng(0).integers(3, cfg.vocab, (count, cfg.prompt), np.int32), full, full)
     params = jax.jit(model.init)(jax.random.key(0))
     rows = np.arange(cfg.batch, dtype=np.int32)
+    stopping = model._replace(logits=lambda *args: with_stop(model.logits(*args), vocab.eot, cfg.mean_length)) if cfg.mean_length else model
 
-    def seconds(tokens: int) -> tuple[list[float], float]:
-        draw = jax.jit(lambda params, key: generate(model, params, prompts, rows, key, vocab, Sampling(tokens))[0].rows.tokens)
+    def measure(tokens: int):
+        draw = jax.jit(lambda params, key: counted(*generate(stopping, params, prompts, rows, key, vocab, Sampling(tokens, slots=cfg.slots))))
         began = time.perf_counter()
         compiled = draw.lower(params, jax.random.key(0)).compile()
         compile_s = time.perf_counter() - began
         with tracing(cfg.profile):
-            return time_calls(lambda i: compiled(params, jax.random.key(i)), cfg), compile_s
+            timed = time_calls(lambda i: compiled(params, jax.random.key(i)), cfg)
+        drawn = [jax.device_get(compiled(params, jax.random.key(i))) for i in range(cfg.warmup, cfg.warmup + cfg.repeats)]
+        return timed, *np.array(drawn, float).T, compile_s
 
-    whole, compile_s = seconds(cfg.response)
-    prefill, _ = seconds(1)
-    step = (median(whole) - median(prefill)) / (cfg.response - 1)
+    whole, new, steps, compile_s = measure(cfg.response)
+    prefill, *_ = measure(1)
+    step = (sum(whole) - cfg.repeats * median(prefill)) / sum(steps)
     size = 2 if compute_dtype(RunConfig(dtype=cfg.dtype)) == "bfloat16" else 4
-    cached = 2 * shape.layers * shape.kv_heads * shape.head_dim * cfg.batch * (cfg.prompt + cfg.response / 2)
+    cached = 2 * shape.layers * shape.kv_heads * shape.head_dim * slots * (cfg.prompt + cfg.response / 2)
     moved = size * (matmul_params(shape) + shape.vocab * shape.width + cached)
-    flops = cfg.batch * (forward_flops(shape, 1, 1) + logits_flops(shape, 1)) + 2 * cached * shape.heads / shape.kv_heads
+    flops = slots * (forward_flops(shape, 1, 1) + logits_flops(shape, 1)) + 2 * cached * shape.heads / shape.kv_heads
     floor = max(moved / copy_ceiling(), flops / cfg.ceiling())
+    rate = new / np.array(whole)
     return {"median_s": round(median(whole), 6), "best_s": round(min(whole), 6), "prefill_s": round(median(prefill), 6),
-            "tokens_per_s": round(cfg.batch * cfg.response / median(whole), 1), "best_tokens_per_s": round(cfg.batch * cfg.response / min(whole), 1),
+            "tokens_per_s": round(median(rate), 1), "best_tokens_per_s": round(max(rate), 1), "mean_reply": round(sum(new) / len(new) / cfg.batch, 1),
+            "slot_occupancy": round((sum(new) - len(new) * cfg.batch) / (slots * sum(steps)), 3),
             "decode_step_ms": round(1e3 * step, 3), "share_of_roofline": round(floor / step, 3), "compile_s": round(compile_s, 2)} | about(cfg)  # fmt: skip
+
+
+def counted(samples, steps) -> tuple:
+    """Tokens drawn, and decode steps."""
+    return (samples.rows.length - samples.rows.prompt_len).sum(), steps
+
+
+def with_stop(logits, stop: int, mean_length: float):
+    """Logits under which the stop has a probability of one in mean_length, whatever the others are."""
+    others = jax.nn.logsumexp(jnp.where(jnp.arange(logits.shape[-1]) == stop, -jnp.inf, logits), -1, keepdims=True)
+    return jnp.where(jnp.arange(logits.shape[-1]) == stop, others - math.log(max(mean_length - 1, 1e-6)), logits)
 
 
 def score(cfg: Bench) -> dict:
@@ -268,7 +304,7 @@ def ppo(cfg: PPOBench) -> dict:
     began, mesh, shape, run = time.perf_counter(), make_mesh(), cfg.shape(), RunConfig(dtype=cfg.dtype)
     slow = OptimConfig(lr=1e-6)
     stage = PPO("bench", policy="./policy", reward="./pm", prompt_len=cfg.prompt, batch_size=cfg.batch, epochs=cfg.epochs, run=run,
-                sampling=Sampling(cfg.response), optim=slow, value_optim=slow)  # fmt: skip
+                packed=cfg.packed, sampling=Sampling(cfg.response, slots=cfg.slots), optim=slow, value_optim=slow)  # fmt: skip
     models = dict.fromkeys(("policy", "kl_to", "reward", "value"), make_model(shape, mesh, run))
     vocab = Vocabulary(pad=0, eot=shape.vocab, eoc=1, size=shape.vocab)  # a stop that is never drawn
     optimizer = rlhf.ppo_optimizer(stage)
@@ -282,15 +318,16 @@ def ppo(cfg: PPOBench) -> dict:
     offsets = {"reward": 0.0, "value": 0.0, "tests": {}}
     rng, readings = np.random.default_rng(0), []
     for i in range(cfg.warmup + cfg.repeats):
-        full = np.full(cfg.batch, cfg.prompt, np.int32)
-        rows = Tokens(rng.integers(2, cfg.vocab, (cfg.batch, cfg.prompt), np.int32), full, full)
+        length = prompt_lengths(cfg, rng)
+        ids = rng.integers(2, cfg.vocab, (cfg.batch, cfg.prompt), np.int32)
+        rows = Tokens(np.where(np.arange(cfg.prompt) < length[:, None], ids, 0), length, length)
         prompts = put_batch((rows, np.arange(cfg.batch, dtype=np.int32)), mesh)
         seconds, start = rlhf.Seconds(), time.perf_counter()
-        state, samples, *_ = rlhf.advance(phases, state, frozen, prompts, jax.random.key(i), offsets, 0.05, seconds)
+        state, replied, laid, *_ = rlhf.advance(phases, state, frozen, prompts, jax.random.key(i), rng, offsets, 0.05, seconds)
         readings.append({"iteration": time.perf_counter() - start} | vars(seconds))
         if i == 0:
             first = time.perf_counter() - began
-    assert int(samples.rows.length.min()) == cfg.prompt + cfg.response
+    assert (replied.length - replied.prompt_len == cfg.response).all()
     timed = readings[cfg.warmup :]
     whole = [r["iteration"] for r in timed]
     phases_s = {f"{name}_s": round(median(r[name] for r in timed), 4) for name in ("generate", "score", "train")}
@@ -299,13 +336,32 @@ def ppo(cfg: PPOBench) -> dict:
         "median_s": round(median(whole), 6), "best_s": round(min(whole), 6), **phases_s,
         "samples_per_s": round(cfg.batch / median(whole), 2), "best_samples_per_s": round(cfg.batch / min(whole), 2),
         "train_share_of_ceiling": round(train / phases_s["train_s"] / cfg.ceiling(), 3), "first_step_s": round(first, 2),
+        "useful_share": round(float(replied.length.sum() / np.prod(laid)), 3),
     } | about(cfg)  # fmt: skip
+
+
+def prompt_lengths(cfg: PPOBench, rng) -> np.ndarray:
+    """[batch] int32."""
+    if cfg.lengths not in ("fixed", "hh"):
+        raise ValueError(f"lengths {cfg.lengths!r}; choose fixed or hh")
+    drawn = np.interp(rng.uniform(0, 10, cfg.batch), range(11), HH_PROMPT).astype(np.int32)
+    return np.minimum(drawn, cfg.prompt) if cfg.lengths == "hh" else np.full(cfg.batch, cfg.prompt, np.int32)
 
 
 def iteration_forwards(shape, cfg: PPOBench) -> tuple[float, float]:
     """Model FLOPs of a forward of the policy, with logits of the reply, and of the value network."""
     blocks = forward_flops(shape, cfg.batch, cfg.prompt + cfg.response)
     return blocks + logits_flops(shape, cfg.batch * cfg.response), blocks
+
+
+def table(rows: list[dict], hidden: set[str]) -> str:
+    """What was measured, as aligned columns; a single row as lines of a name and a value. hidden: names of settings."""
+    names = [name for name in rows[0] if name not in hidden]
+    lines = [names, *([str(row[name]) for name in names] for row in rows)]
+    if len(rows) == 1:
+        lines = [list(pair) for pair in zip(*lines)]
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines)
 
 
 def report(row: dict) -> str:

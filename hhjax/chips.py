@@ -46,6 +46,13 @@ SHAPES = {
         (16, 16, 16), (16, 16, 24)),
 }  # fmt: skip
 ALIASES = {"v5litepod": "v5e"}
+KINDS = {"TPU v4": "v4", "TPU v5 lite": "v5e", "TPU v5": "v5p", "TPU v6 lite": "v6e", "TPU7x": "tpu7x", "H100": "h100", "H200": "h200"}
+
+
+def device_peak(device_kind: str) -> float | None:
+    """bf16 FLOP/s that the vendor states for one of jax's devices by its `device_kind`; None where it is not known."""
+    name = KINDS.get(device_kind) or next((KINDS[word] for word in device_kind.split() if word in KINDS), None)
+    return CHIPS[name].flops / CHIPS[name].devices if name else None
 
 
 @dataclass(frozen=True)

@@ -187,9 +187,11 @@ def tokenizer(argv: Sequence[str]) -> int:
 
 
 def bench(argv: Sequence[str]) -> int:
-    from hhjax import bench
+    import jax
 
-    timed = {"lm": (bench.lm, bench.Bench), "pm": (bench.pm, bench.PMBench), "generate": (bench.sampling, bench.Bench),
+    from hhjax import bench, scaling
+
+    timed = {"scale": (scaling.scale, scaling.ScaleBench), "compile": (scaling.compile_times, scaling.CompileBench), "lm": (bench.lm, bench.Bench), "pm": (bench.pm, bench.PMBench), "generate": (bench.sampling, bench.GenerateBench),
              "score": (bench.score, bench.Bench), "ppo": (bench.ppo, bench.PPOBench)}  # fmt: skip
     if not argv or argv[0] not in ("ceiling", *timed):
         print(f"usage: hhjax bench {'|'.join(('ceiling', *timed))} [--help]", file=sys.stderr)
@@ -198,7 +200,14 @@ def bench(argv: Sequence[str]) -> int:
         print(bench.report(bench.ceiling()))
     else:
         measure, config = timed[argv[0]]
-        print(json.dumps({"bench": argv[0]} | measure(tyro.cli(config, args=argv[1:], prog=f"hhjax bench {argv[0]}"))))
+        args = tyro.cli(config, args=argv[1:], prog=f"hhjax bench {argv[0]}")
+        if argv[0] == "scale":
+            jax.config.update("jax_num_cpu_devices", args.devices)
+        found = measure(args)
+        rows = [found] if isinstance(found, dict) else list(found)
+        print(bench.table(rows, {*vars(args), *bench.about(args)} - {"layers"}))
+        for row in rows:
+            print(json.dumps({"bench": argv[0]} | row))
     return 0
 
 

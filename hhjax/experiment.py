@@ -215,7 +215,8 @@ class PPO(Stage):
     batch_size samples an iteration, one a prompt; steps iterations; epochs and minibatches of each (the paper: K = 1 for
     a static scan, 2 for robustness, 4 online). objective: (Actor, loss config) -> LossFn over Rollout.
     eval_every: iterations between looks at eval_prompts held-out prompts (0: first and last). rollout_mesh: the layout of
-    sampling, where it is not the layout of training. watch: (prompts, replies) -> {name: a number a reply, nan where it
+    sampling, where it is not the layout of training. packed: whether models read several replies a row, each behind its prompt, or
+    one, padded to the longest there can be; the results are the same. watch: (prompts, replies) -> {name: a number a reply, nan where it
     does not apply}, logged as means `watch/NAME`: what you want to know of the text, such as the clinic's gold utilities.
     """
 
@@ -235,6 +236,7 @@ class PPO(Stage):
     minibatches: int = 1
     kl: KLConfig = KLConfig()
     rollout: RolloutConfig = RolloutConfig()
+    packed: bool = execution(True)
     objective: Callable = ppo_objective
     loss: Any = PPOLoss()  # whatever frozen dataclass the objective takes
     watch: Callable | None = None

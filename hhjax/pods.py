@@ -16,22 +16,25 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import AbstractMesh
 
 from hhjax.aot import Compiled, compile_for_tpu, libtpu_version, require_libtpu
 from hhjax.chips import GIB, Topology, parse_topology
+from hhjax.data.packing import ReplyPacker
 from hhjax.experiment import PPO, Run, Training, reference_dir, split_step
 from hhjax.fields import ConfigError
 from hhjax.flags import Command
 from hhjax.hlo import Collective, Program
-from hhjax.loops.rlhf import judge_params, make_phases, phase_flops, ppo_optimizer, ppo_shardings, roles
+from hhjax.loops.rlhf import judge_params, make_phases, minibatches, phase_flops, ppo_optimizer, ppo_shardings, roles
 from hhjax.loops.sampling import frozen
 from hhjax.loops.supervised import compute_dtype
 from hhjax.model.transformer import ModelConfig, make_model
 from hhjax.plan import architectures, bytes_per_device, lower_update, token_shapes, update_work
-from hhjax.sharding import AXES, MeshConfig, batch_sharding, batch_ways, check_batch, make_mesh, mesh_sizes, param_shardings
+from hhjax.sharding import (AXES, MeshConfig, batch_sharding, batch_ways, batches_sharding, check_batch, make_mesh, mesh_sizes,
+                            param_shardings)  # fmt: skip
 from hhjax.train.state import decayed, init_state, make_optimizer, state_shardings
-from hhjax.types import Vocabulary
+from hhjax.types import Tokens, Vocabulary
 
 # What share of a peak a well-written program keeps up. Assumed, not measured here on a TPU: matrix products as in the best
 # published training runs (MaxText on v5p and v5e: 52 to 71 % of peak, v6e 44 to 50 %), HBM and links as streaming code reaches.
@@ -278,19 +281,31 @@ def lower_phase(step: Step, mesh, decode, dtype: str):
         return phases.sample.lower(*inputs)
     judges = judge_params(stage, {role: placed(small[role], shapes_and_places(cfg, mesh)[1]) for role, cfg in step.configs.items()})
     offsets = {"reward": 0.0, "value": 0.0, "tests": dict.fromkeys(stage.tests, 0.0)}
-    gathered = split_rows(jax.eval_shape(phases.sample, *inputs)[0], mesh)
-    scored = (state.params, judges, gathered, offsets, 0.0)
+    samples = split_rows(jax.eval_shape(phases.sample, *inputs)[0], mesh)
+    packer, full, none = full_replies(stage, vocab, batch_ways(mesh))
+    laid = split_rows(packer.pack(full, none), mesh) if stage.packed else samples.rows
+    scored = (state.params, judges, samples, laid, offsets, 0.0)
     if step.phase == "score":
         return phases.score.lower(*scored)
-    return phases.update.lower(state, split_rows(jax.eval_shape(phases.score, *scored)[0], mesh))
+    order, packed = minibatches(stage, packer, full, none, np.random.default_rng(0))
+    rollout = split_rows(jax.eval_shape(phases.score, *scored)[0], mesh)
+    return phases.update.lower(state, rollout, order, split_rows(packed, mesh, batches_sharding(mesh)))
+
+
+def full_replies(stage: PPO, vocab: Vocabulary, ways: int):
+    """What packs the replies of a stage, and a batch of them that is as long as there can be: what is planned for."""
+    packer = ReplyPacker(stage.prompt_len, stage.sampling.max_new_tokens, vocab, ways)
+    each = lambda n: np.full(stage.batch_size, n, np.int32)  # noqa: E731
+    width = stage.prompt_len + stage.sampling.max_new_tokens
+    return packer, Tokens(np.full((stage.batch_size, width), vocab.eoc + 1), each(stage.prompt_len), each(width)), each(0)
 
 
 def placed(shapes, shardings):
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
 
 
-def split_rows(shapes, mesh):
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=batch_sharding(mesh)), shapes)
+def split_rows(shapes, mesh, sharding=None):
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding or batch_sharding(mesh)), shapes)
 
 
 def check_step(step: Step, mesh) -> None:

@@ -114,6 +114,11 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P(RULES["batch"]))
 
 
+def batches_sharding(mesh: Mesh) -> NamedSharding:
+    """The second axis over data and fsdp: several batches, stacked."""
+    return NamedSharding(mesh, P(None, RULES["batch"]))
+
+
 def batch_ways(mesh: Mesh) -> int:
     """How many shards the batch axis has."""
     return mesh.shape["data"] * mesh.shape["fsdp"]
@@ -148,5 +153,13 @@ def check_batch(batch_size: int, mesh: Mesh) -> None:
 
 def put_batch(batch, mesh: Mesh):
     """This process's share of a global batch (numpy leaves) -> global arrays split over data and fsdp."""
-    sharding = batch_sharding(mesh)
-    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), batch)
+    return put_split(batch, batch_sharding(mesh))
+
+
+def put_batches(batches, mesh: Mesh):
+    """The same of several batches, stacked along a first axis that is not split."""
+    return put_split(batches, batches_sharding(mesh))
+
+
+def put_split(tree, sharding: NamedSharding):
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), tree)

@@ -56,6 +56,26 @@ class PackedPairs(NamedTuple):
     weight: Array
 
 
+class PackedReplies(NamedTuple):
+    """Replies laid end to end in rows behind their prompts, which are there once; each reply is closed by <eot> <eoc>, as a PM reads it.
+
+    tokens, positions, pair, branch: [N, T] int32 as in PackedPairs: `pair` is which of its row's prompts a token belongs to, `branch`
+    which of that prompt's replies, 0 the prompt itself.
+    reply: [B, R] int32, each reply as it was sampled, <pad> past its end; reply_len: [B] int32. before: [B, R] int32, where the hidden
+    state is that predicts each of its tokens; end: [B] int32, where its <eoc> is. Places count through the rows of the reply's own
+    shard, the first N / shards of them, or the next.
+    """
+
+    tokens: Array
+    positions: Array
+    pair: Array
+    branch: Array
+    reply: Array
+    reply_len: Array
+    before: Array
+    end: Array
+
+
 class Model(NamedTuple):
     """A decoder as a record of pure functions; nobody outside `model/` sees flax.
 
@@ -105,11 +125,12 @@ class Samples(NamedTuple):
 class Rollout(NamedTuple):
     """What a PPO update sees of its samples, frozen before the first step. All but rows: [B, R], by reply token.
 
+    rows: what models read, a row a reply or several packed in one.
     logp, ref_logp: nats, of the policy that sampled and of the reference. values: of the state before each token.
     advantages: whitened; returns: what the value network is to learn. mask: which tokens are real.
     """
 
-    rows: Tokens
+    rows: Tokens | PackedReplies
     mask: Array
     logp: Array
     ref_logp: Array
@@ -118,4 +139,4 @@ class Rollout(NamedTuple):
     returns: Array
 
 
-Actor = Callable[[Params, Tokens], tuple[Array, Array, Array]]  # -> logp, values, entropy of the reply tokens, [B, R]
+Actor = Callable[[Params, Tokens | PackedReplies], tuple[Array, Array, Array]]  # -> logp, values, entropy of the reply tokens, [B, R]

@@ -40,14 +40,26 @@ def test_preference_models():
 
 def test_the_others():
     lm, drawn, scored, ppo = (f(kind(**TINY)) for f, kind in
-                              ((bench.lm, bench.Bench), (bench.sampling, bench.Bench), (bench.score, bench.Bench), (bench.ppo, bench.PPOBench)))  # fmt: skip
+                              ((bench.lm, bench.Bench), (bench.sampling, bench.GenerateBench), (bench.score, bench.Bench), (bench.ppo, bench.PPOBench)))  # fmt: skip
     shape = bench.Bench(**TINY).shape()
     assert lm["share_of_ceiling"] * CEILING * lm["mean_s"] == pytest.approx(lm_step_flops(shape, 8, 20), rel=0.02)
     assert scored["share_of_ceiling"] * CEILING * scored["median_s"] == pytest.approx(forward_flops(shape, 8, 20), rel=0.02)
     assert drawn["prefill_s"] > 0 and ppo["first_step_s"] > ppo["median_s"] > ppo["train_s"]
     assert all(row["memory_gib"] > 0 and row["batch"] == 8 for row in (lm, drawn, scored, ppo))
     with pytest.raises(ValueError, match="at least 2"):
-        bench.sampling(bench.Bench(**TINY | {"response": 1}))
+        bench.sampling(bench.GenerateBench(**TINY | {"response": 1}))
+
+
+def test_ragged_replies_leave_and_make_room():
+    few, all_at_once = (bench.sampling(bench.GenerateBench(**TINY | {"batch": 64, "response": 32}, mean_length=6, slots=s)) for s in (8, 0))
+    assert few["mean_reply"] == all_at_once["mean_reply"] == pytest.approx(6, rel=0.3)  # the same replies
+    assert all_at_once["slot_occupancy"] < 0.4 < 0.6 < few["slot_occupancy"] <= 1
+
+
+def test_prompts_of_hh_s_lengths_are_packed():
+    cfg = {**TINY, "batch": 32, "prompt": 64, "lengths": "hh"}
+    packed, plain = (bench.ppo(bench.PPOBench(**cfg, packed=p)) for p in (True, False))
+    assert plain["useful_share"] < 0.85 < packed["useful_share"] <= 1
 
 
 def test_a_trace_is_written(tmp_path):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from hhjax.chips import CHIPS, GIB, Topology, parse_topology
+from hhjax.chips import CHIPS, GIB, Topology, device_peak, parse_topology
 from hhjax.fields import ConfigError
 
 
@@ -49,3 +49,9 @@ def test_chips_are_plausible():
     """Between a hundred and a thousand FLOPs for a byte of HBM, and links slower than HBM."""
     for chip in CHIPS.values():
         assert 100 < chip.flops / chip.bandwidth < 1000 and chip.link < chip.bandwidth / 5 and chip.memory > 15 * GIB
+
+
+@pytest.mark.parametrize(("kind", "peak"), [("TPU v5 lite", 197e12), ("TPU v5", 459e12), ("TPU v4", 137.5e12), ("NVIDIA H100 80GB HBM3", 989e12),
+                                            ("cpu", None), ("NVIDIA A100-SXM4-40GB", None)])  # fmt: skip
+def test_a_device_s_peak_is_known_by_its_kind(kind, peak):
+    assert device_peak(kind) == peak

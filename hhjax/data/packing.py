@@ -1,13 +1,14 @@
-"""Comparisons laid end to end in rows, each prompt once."""
+"""Comparisons, and replies to prompts, laid end to end in rows, each prompt once."""
 
 from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
 from hhjax.data.comparisons import Comparison
-from hhjax.data.stream import PairSource
+from hhjax.data.stream import Host, PairSource
 from hhjax.data.tokenizer import Tokenizer
-from hhjax.types import PackedPairs
+from hhjax.types import PackedPairs, PackedReplies, Tokens, Vocabulary
 
 MOST = 16  # pairs a row
 STEP = 64  # tokens that a row's width is a multiple of
@@ -34,21 +35,13 @@ class PackedSource(PairSource):
         step = self.multiple // hosts
         count = -(-max(len(first_fit(self.tokens_of[share], self.width, MOST)) for share in shares) // step) * step
         shape, most = (count, self.width), min(MOST, len(rows))
-        tokens, positions, branch = np.full(shape, self.pad_id, np.int32), np.zeros(shape, np.int32), np.zeros(shape, np.int32)
-        pair, ends, weight = np.full(shape, -1, np.int32), np.zeros((count, most, 2), np.int32), np.zeros((count, most), np.float32)
-        for r, members in enumerate(first_fit(self.tokens_of[rows], self.width, MOST)):
-            at = 0
-            for n, row in enumerate(rows[members]):
-                prompt, replies = self._prompts[row], self._replies[row]
-                for b, part in enumerate((prompt, *replies)):
-                    here, start = np.s_[r, at : at + len(part)], len(prompt) if b else 0
-                    tokens[here], pair[here], branch[here] = part, n, b
-                    positions[here] = start + np.arange(len(part))
-                    at += len(part)
-                    if b:
-                        ends[r, n, b - 1] = at - 1
-                weight[r, n] = self.weights[row]
-        return PackedPairs(tokens, positions, pair, branch, ends, weight)
+        ends, weight = np.zeros((count, most, 2), np.int32), np.zeros((count, most), np.float32)
+        bins = first_fit(self.tokens_of[rows], self.width, MOST)
+        laid, places = lay([[(self._prompts[i], self._replies[i]) for i in rows[members]] for members in bins], *shape, self.pad_id)
+        for (r, n, _, spans), row in zip(places, rows[np.concatenate(bins)]):
+            ends[r, n] = [stop - 1 for _, stop in spans]
+            weight[r, n] = self.weights[row]
+        return PackedPairs(*laid, ends, weight)
 
     def _ordered(self, seed: int, epoch: int) -> np.ndarray:
         rng = np.random.Generator(np.random.Philox(key=[seed, epoch]))
@@ -59,6 +52,100 @@ class PackedSource(PairSource):
             alike = part[np.argsort(self.tokens_of[part], kind="stable")].reshape(self.batch_size, -1)
             batches.append(rng.permuted(alike, axis=1).T)
         return rng.permuted(np.concatenate(batches), axis=1)  # or one host would have the short pairs
+
+
+def lay(rows, count: int, width: int, pad_id: int):
+    """Prompts and their replies laid end to end: (tokens, positions, pair, branch), [count, width] int32 each as in PackedPairs; and for
+    every prompt in order its row, its number there, where it ends, and the (start, stop) of each reply.
+
+    rows: of each row its (prompt, replies), arrays of ids.
+    """
+    shape = (count, width)
+    tokens, positions, branch = np.full(shape, pad_id, np.int32), np.zeros(shape, np.int32), np.zeros(shape, np.int32)
+    pair, places = np.full(shape, -1, np.int32), []
+    for r, items in enumerate(rows):
+        at = 0
+        for n, (prompt, replies) in enumerate(items):
+            spans = []
+            for b, part in enumerate((prompt, *replies)):
+                here, start = np.s_[r, at : at + len(part)], len(prompt) if b else 0
+                tokens[here], pair[here], branch[here] = part, n, b
+                positions[here] = start + np.arange(len(part))
+                spans.append((at, at + len(part)))
+                at += len(part)
+            places.append((r, n, spans[0][1], spans[1:]))
+    return (tokens, positions, pair, branch), places
+
+
+class ReplyPacker(NamedTuple):
+    """How replies of at most `new` tokens to prompts of at most `prompt_len` are packed: rows of two full ones.
+
+    ways: the shards of a mesh's batch axis, whose replies stay together. copies: how many replies in a run share a prompt.
+    host: which shards this process brings.
+    """
+
+    prompt_len: int
+    new: int
+    vocab: Vocabulary
+    ways: int = 1
+    copies: int = 1
+    host: Host = Host()
+
+    @property
+    def width(self) -> int:
+        return -(-2 * (self.prompt_len + self.new + 2) // 8) * 8
+
+    def pack(self, rows: Tokens, stopped: np.ndarray, batches: np.ndarray | None = None) -> PackedReplies:
+        """This host's share, of numpy arrays. rows, stopped: of all samples, [B, T] and [B].
+
+        batches: [K, b] numbers of the samples of each batch, runs of b / ways to a shard; the arrays then begin with an axis of K.
+        None: one batch of all, without that axis. All have equally many rows, one of at most eight numbers, so that few programs are compiled.
+        """
+        every = np.arange(len(rows.length))[None] if batches is None else batches
+        if every.shape[1] % (self.ways * self.copies):
+            raise ValueError(f"{every.shape[1]} replies in runs of {self.copies} do not divide into {self.ways} shards; use a multiple of both")
+        shards = every.reshape(len(every), self.ways, -1)
+        items = [[[item for run in runs(shard, self.copies) for item in self._items(rows, stopped, run)] for shard in batch] for batch in shards]
+        sizes = [[[len(prompt) + sum(map(len, replies)) for _, prompt, replies in of] for of in batch] for batch in items]
+        bins = [[first_fit(of, self.width, len(of)) for of in batch] for batch in sizes]
+        step = -(-shards.shape[2] // 16)  # an eighth of the most rows that there can be, two replies in each
+        count = -(-max(len(of) for batch in bins for of in batch) // step) * step
+        mine = np.split(np.arange(self.ways), self.host.count)[self.host.index]
+        join = lambda parts: PackedReplies(*map(np.concatenate, zip(*parts)))  # noqa: E731
+        laid = [join([self._shard(rows, shards[k, w], items[k][w], bins[k][w], count) for w in mine]) for k in range(len(every))]
+        return laid[0] if batches is None else PackedReplies(*map(np.stack, zip(*laid)))
+
+    def _items(self, rows: Tokens, stopped, run):
+        """(numbers, prompt, closed replies) of samples that share a prompt, as many together as a row holds."""
+        closing = [[self.vocab.eoc] if stopped[i] else [self.vocab.eot, self.vocab.eoc] for i in run]
+        prompt = rows.tokens[run[0], : rows.prompt_len[run[0]]]
+        replies = [np.append(rows.tokens[i, len(prompt) : rows.length[i]], end).astype(np.int32) for i, end in zip(run, closing)]
+        start, used = 0, len(prompt)
+        for at, reply in enumerate(replies):
+            if used + len(reply) > self.width:
+                yield run[start:at], prompt, replies[start:at]
+                start, used = at, len(prompt)
+            used += len(reply)
+        yield run[start:], prompt, replies[start:]
+
+    def _shard(self, rows: Tokens, shard, items, bins, count: int) -> PackedReplies:
+        size, ids = len(shard), np.arange(self.new)
+        reply, before, end = np.full((size, self.new), self.vocab.pad, np.int32), np.zeros((size, self.new), np.int32), np.zeros(size, np.int32)
+        length = (rows.length - rows.prompt_len)[shard].astype(np.int32)
+        place = {sample: k for k, sample in enumerate(shard)}
+        laid, places = lay([[items[i][1:] for i in members] for members in bins], count, self.width, self.vocab.pad)
+        for (r, _, prompt_end, spans), i in zip(places, np.concatenate(bins)):
+            for (start, stop), sample in zip(spans, items[i][0]):
+                k = place[sample]
+                reply[k, : length[k]] = rows.tokens[sample, rows.prompt_len[sample] : rows.length[sample]]
+                before[k] = r * self.width + np.where(ids == 0, prompt_end - 1, np.minimum(start + ids, stop) - 1)
+                end[k] = r * self.width + stop - 1
+        return PackedReplies(*laid, reply, length, before, end)
+
+
+def runs(numbers: np.ndarray, size: int) -> list[np.ndarray]:
+    """Runs of `size`; the last may be shorter."""
+    return np.split(numbers, range(size, len(numbers), size))
 
 
 def first_fit(lengths: Sequence[int], capacity: int, most: int) -> list[list[int]]:

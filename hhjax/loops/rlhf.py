@@ -13,6 +13,7 @@ import jax
 import numpy as np
 
 from hhjax import roofline
+from hhjax.data.packing import ReplyPacker
 from hhjax.data.stream import Host, PromptSource
 from hhjax.data.tokenizer import Tokenizer
 from hhjax.evals.replies import repeated_ngram_share
@@ -26,14 +27,16 @@ from hhjax.loops.sampling import (EVALUATION, Loaded, even_rows, fetch, frozen, 
 from hhjax.loops.supervised import compute_dtype, is_due, rearm_watchdog, restore_newest, watchdog
 from hhjax.model.transformer import config_to_json, make_model
 from hhjax.objectives.kl import adapt_beta
-from hhjax.sharding import batch_host, batch_sharding, check_batch, make_mesh, param_shardings, put_batch, replicated
+from hhjax.sharding import (batch_host, batch_sharding, batch_ways, batches_sharding, check_batch, make_mesh, param_shardings, put_batch,
+                            put_batches, replicated)  # fmt: skip
 from hhjax.train.rollout import Judges, make_actor, make_exact_kl, make_score
 from hhjax.train.state import (PartsOptimizer, TrainState, init_state, join_policy, make_parts_optimizer, split_policy,
                                state_shardings)  # fmt: skip
 from hhjax.train.step import make_ppo_update, make_train_step
-from hhjax.types import Vocabulary
+from hhjax.types import PackedReplies, Vocabulary
 
 SAMPLING = 2**32 - 2  # the child of the run's key that replies are drawn with
+MINIBATCHES = 2**32 - 4  # the stream of numpy's random numbers that minibatches are drawn with
 
 
 class Setup(NamedTuple):
@@ -54,14 +57,19 @@ class Phases(NamedTuple):
     """The compiled parts of an iteration, and of a look at held-out prompts.
 
     spread(policy params) -> them on the rollout mesh; sample(params, prompts, row_ids, key) -> (Samples, decode steps) there;
-    gather(samples) -> them on the training mesh; score(...) and exact_kl(...): see train/rollout.py;
-    update(state, rollout) -> (state, metrics), the state donated.
+    gather(samples) -> them on the training mesh; fetch(samples) -> their rows and whether they stopped, as numpy, on every process.
+    lay(samples, rows, stopped) -> what models read of them, on the training mesh. score(...) and exact_kl(...): see train/rollout.py.
+    split(rows, stopped, rng) -> order and rows of the minibatches, see `make_ppo_update`; update(state, rollout, order, rows) -> (state,
+    metrics), the state donated.
     """
 
     spread: Callable
     sample: Callable
     gather: Callable
+    fetch: Callable
+    lay: Callable
     score: Callable
+    split: Callable
     update: Callable
     exact_kl: Callable
 
@@ -173,8 +181,8 @@ def iterate(setup: Setup, phases: Phases, state: TrainState, offsets: dict, beta
     row_ids = np.split(np.arange(stage.batch_size, dtype=np.int32), count)[index]
     prompts = put_batch((batch, row_ids), setup.rollout_mesh)
     key = jax.random.fold_in(sampling_key(setup), done)
-    state, samples, steps, report, metrics = advance(phases, state, setup.frozen, prompts, key, offsets, beta, seconds, setup.ctx.stop_if_told)
-    rows = fetch(samples.rows, mesh)
+    rng = np.random.default_rng([setup.ctx.seed, MINIBATCHES, done])
+    state, rows, laid, steps, report, metrics = advance(phases, state, setup.frozen, prompts, key, rng, offsets, beta, seconds, setup.ctx.stop_if_told)
     seen = watched(stage, [setup.prompts.prompts[i] for i in setup.prompts.rows_of(setup.ctx.seed, done - 1)], rows, setup.tok)
     row = report_row(jax.device_get(report), rows) | means(seen) | {n: float(x) for n, x in jax.device_get(metrics).items() if n != "weight"}
     tokens, new = int(rows.length.sum()), int((rows.length - rows.prompt_len).sum())
@@ -184,23 +192,25 @@ def iterate(setup: Setup, phases: Phases, state: TrainState, offsets: dict, beta
     rates |= {"generate_tokens_per_s": new / seconds.generate, "score_tokens_per_s": tokens / seconds.score,
               "train_tokens_per_s": stage.epochs * tokens / seconds.train,
               "samples_per_s": stage.batch_size / (time.perf_counter() - began), "memory_gib": memory_gib()}  # fmt: skip
-    return state, row | {"beta": beta} | rates, (tokens, rows.tokens.size, iteration_flops(stage, setup.models))
+    return state, row | {"beta": beta} | rates, (tokens, laid[0] * laid[1], iteration_flops(stage, setup.models, laid))
 
 
-def advance(phases: Phases, state: TrainState, frozen: dict, prompts, key, offsets: dict, beta: float, seconds: Seconds,
+def advance(phases: Phases, state: TrainState, frozen: dict, prompts, key, rng, offsets: dict, beta: float, seconds: Seconds,
             poll: Callable[[], None] = lambda: None):  # fmt: skip
-    """One iteration on the devices: (new state, samples, decode steps, report, metrics), each phase waited for and timed. poll() is called
-    between them."""
+    """One iteration on the devices: (new state, fetched rows, rows and width that models read of them, decode steps, report, metrics),
+    each phase waited for and timed. poll() is called between them. rng: shuffles the minibatches."""
     with seconds.phase("generate"):
         samples, steps = phases.sample(phases.spread(state.params["policy"]), *prompts, key)
-        samples = jax.block_until_ready(phases.gather(samples))
+        samples = phases.gather(samples)
+        rows, stopped = phases.fetch(samples)
     poll()
     with seconds.phase("score"):
-        rollout, report = jax.block_until_ready(phases.score(state.params, frozen, samples, offsets, beta))
+        laid = phases.lay(samples, rows, stopped)
+        rollout, report = jax.block_until_ready(phases.score(state.params, frozen, samples, laid, offsets, beta))
     poll()
     with seconds.phase("train"):
-        state, metrics = jax.block_until_ready(phases.update(state, rollout))
-    return state, samples, steps, report, metrics
+        state, metrics = jax.block_until_ready(phases.update(state, rollout, *phases.split(rows, stopped, rng)))
+    return state, rows, laid.tokens.shape, steps, report, metrics
 
 
 def report_row(report: dict, rows) -> dict:
@@ -224,11 +234,11 @@ def look(setup: Setup, phases: Phases, state: TrainState, offsets: dict, done: i
     """Replies to the held-out prompts, always with the same noise: their metrics. Writes samples/<iteration>.jsonl."""
     stage, tok = setup.stage, setup.tok
     parts, tokens = [], []
-    for samples, report in held_out_replies(setup, phases, state, offsets):
+    for samples, rows, report in held_out_replies(setup, phases, state, offsets):
         exact = phases.exact_kl(state.params["policy"], setup.frozen["reference"], samples.rows)
         real = len(report["score"])
         parts.append(report | {"kl_exact": np.asarray(exact)[:real]})
-        tokens.append(jax.tree.map(lambda x: x[:real], fetch(samples.rows, setup.mesh)))
+        tokens.append(jax.tree.map(lambda x: x[:real], rows))
     whole = {name: np.concatenate([p[name] for p in parts]) for name in parts[0]}
     rows = jax.tree.map(lambda *xs: np.concatenate(xs), *tokens)
     prompts, texts = [setup.held_out.prompts[at] for at in held_out_rows(setup)], reply_texts(rows, tok)
@@ -247,16 +257,17 @@ def held_out_rows(setup: Setup) -> np.ndarray:
 
 
 def held_out_replies(setup: Setup, phases: Phases, state: TrainState, offsets: dict):
-    """Yields, a batch at a time, Samples of the policy's replies to the held-out prompts, the last batch filled up, and what
-    the report says of each real one: numpy [rows]."""
+    """Yields, a batch at a time, Samples of the policy's replies to the held-out prompts, the last batch filled up, their rows as
+    numpy, and what the report says of each real one: numpy [rows]."""
     chosen, policy = held_out_rows(setup), phases.spread(state.params["policy"])
     key = jax.random.fold_in(sampling_key(setup), EVALUATION)
     for places, real in row_batches(len(chosen), setup.stage.batch_size):
         setup.ctx.stop_if_told()
         prompts = put_prompts(setup.held_out, chosen[places], places, setup.rollout_mesh)
         samples = phases.gather(phases.sample(policy, *prompts, key)[0])
-        _, report = phases.score(state.params, setup.frozen, samples, offsets, 0.0)
-        yield samples, {n: np.asarray(x)[:real] for n, x in jax.device_get(report).items() if np.ndim(x)}
+        rows, stopped = phases.fetch(samples)
+        _, report = phases.score(state.params, setup.frozen, samples, phases.lay(samples, rows, stopped), offsets, 0.0)
+        yield samples, rows, {n: np.asarray(x)[:real] for n, x in jax.device_get(report).items() if np.ndim(x)}
 
 
 def watched(stage: PPO, prompts: list[str], rows, tok: Tokenizer) -> dict[str, np.ndarray]:
@@ -315,12 +326,13 @@ def make_phases(stage: PPO, models: dict, vocab: Vocabulary, mesh, rollout_mesh,
     """The parts compiled for these models (by role, see `roles`), meshes, and shardings of the state."""
     width, heat = stage.sampling.max_new_tokens, stage.sampling.temperature
     policy = models["policy"]
-    actor = make_actor(policy, models.get("value"), vocab, width, heat)
+    ways = batch_ways(mesh)
+    actor = make_actor(policy, models.get("value"), vocab, width, heat, ways)
     judges = Judges(models["kl_to"], models["reward"], {ref: models[f"tests.{ref}"] for ref in stage.tests})
     recompute = stage.rollout.recompute
     dtype = compute_dtype(stage.run, mesh)
     recompute = dtype != "float32" if recompute is None else recompute
-    score = make_score(actor, judges, vocab, width, stage.rollout, recompute, heat)
+    score = make_score(actor, judges, vocab, width, stage.rollout, recompute, heat, ways)
     optimizer = ppo_optimizer(stage)
     step = make_train_step(stage.objective(actor, stage.loss), optimizer, stage.micro_batches, tuple(optimizer.parts))
     whole, rows = replicated(mesh), batch_sharding(mesh)
@@ -332,15 +344,42 @@ def make_phases(stage: PPO, models: dict, vocab: Vocabulary, mesh, rollout_mesh,
         cast = jax.jit(lambda params: frozen(params, dtype))  # what travels, and what decoding reads at every token
         spread = lambda params: jax.device_put(cast(params), places)  # noqa: E731
         gather = lambda samples: jax.device_put(samples, rows)  # noqa: E731
+    packer = ReplyPacker(stage.prompt_len, width, vocab, ways, host=Host(*batch_host(mesh)))
+
+    def lay(samples, whole, stopped):
+        return put_batch(packer.pack(whole, stopped), mesh) if stage.packed else samples.rows
+
+    def split(whole, stopped, rng):
+        order, packed = minibatches(stage, packer, whole, stopped, rng)
+        return order, put_batches(packed, mesh)
+
     return Phases(
         spread=spread,
         sample=make_sample(sampler, vocab, stage.sampling, rollout_mesh),
         gather=gather,
-        score=jax.jit(score, in_shardings=(shardings.params, None, rows, None, None), out_shardings=(rows, whole)),
-        update=jax.jit(make_ppo_update(step, stage.epochs, stage.minibatches), in_shardings=(shardings, rows),
-                       out_shardings=(shardings, whole), donate_argnums=0),
+        fetch=lambda samples: fetch((samples.rows, samples.stopped), mesh),
+        lay=lay,
+        score=jax.jit(score, in_shardings=(shardings.params, None, rows, rows, None, None), out_shardings=(rows, whole)),
+        split=split,
+        update=jax.jit(make_ppo_update(step), in_shardings=(shardings, rows, whole, batches_sharding(mesh)), out_shardings=(shardings, whole),
+                       donate_argnums=0),
         exact_kl=jax.jit(make_exact_kl(policy, models["kl_to"], vocab, width, heat), out_shardings=whole),
     )  # fmt: skip
+
+
+def minibatches(stage: PPO, packer: ReplyPacker, rows, stopped, rng) -> tuple[np.ndarray | None, PackedReplies | None]:
+    """The samples of each minibatch of each epoch, [K, b], in an order of `rng`, and what the models read of them, as numpy, packed anew
+    for each; None where there is one update on the rollout as it is, and no rows where they are not packed."""
+    count, parts = stage.epochs * stage.minibatches, stage.micro_batches if stage.packed else 1
+    if count * parts == 1:
+        return None, None
+    order = np.concatenate([rng.permutation(stage.batch_size) for _ in range(stage.epochs)]).reshape(count, -1)
+    if not stage.packed:
+        return order, None
+    # `accumulate` gives every array's item i to part i % parts: each part is packed apart, and the rows of all dealt out like that.
+    by_part = order.reshape(count, -1, parts).swapaxes(1, 2).reshape(count * parts, -1)
+    deal = lambda x: x.reshape(count, parts, *x.shape[1:]).swapaxes(1, 2).reshape(count, -1, *x.shape[2:])  # noqa: E731
+    return order, jax.tree.map(deal, packer.pack(rows, stopped, by_part))
 
 
 def mean_scores(setup: Setup, phases: Phases, state: TrainState) -> dict:
@@ -350,7 +389,7 @@ def mean_scores(setup: Setup, phases: Phases, state: TrainState) -> dict:
     reward PM may go on predicting scores as they are: "value" is that constant, see `make_score`.
     """
     stage, none = setup.stage, {"reward": 0.0, "value": 0.0, "tests": dict.fromkeys(setup.stage.tests, 0.0)}
-    parts = [report for _, report in held_out_replies(setup, phases, state, none)]
+    parts = [report for *_, report in held_out_replies(setup, phases, state, none)]
     means = {name: float(np.concatenate([p[name] for p in parts]).mean()) for name in parts[0]}
     from_reward = not stage.value_head and stage.value in (None, stage.reward)
     tests = {ref: means[f"test/{ref}"] for ref in stage.tests}
@@ -373,20 +412,23 @@ def sampling_key(setup: Setup):
     return jax.random.fold_in(jax.random.key(setup.ctx.seed), SAMPLING)
 
 
-def iteration_flops(stage: PPO, models: dict) -> float:
-    """Model FLOPs of an iteration at full length."""
-    return sum(phase_flops(stage, {name: model.config for name, model in models.items()}).values())
+def iteration_flops(stage: PPO, models: dict, laid: tuple[int, int] | None = None) -> float:
+    """Model FLOPs of an iteration, see `phase_flops`."""
+    return sum(phase_flops(stage, {name: model.config for name, model in models.items()}, laid).values())
 
 
-def phase_flops(stage: PPO, configs: dict) -> dict[str, float]:
-    """Model FLOPs of an iteration's phases at full length: "sample", the policy; "score", one forward of every judge and the value
-    network; "update", three of policy and value an epoch. configs: ModelConfig by role."""
+def phase_flops(stage: PPO, configs: dict, laid: tuple[int, int] | None = None) -> dict[str, float]:
+    """Model FLOPs of an iteration's phases: "sample", the policy, at full length; "score", one forward of every judge and the value
+    network; "update", three of policy and value an epoch. configs: ModelConfig by role. laid: rows and width that are scored
+    and learnt from, by default a full row a reply."""
     new = stage.sampling.max_new_tokens
-    forward = {name: roofline.forward_flops(cfg, stage.batch_size, stage.prompt_len + new) for name, cfg in configs.items()}
+    full = stage.batch_size, stage.prompt_len + new
+    forward = {name: roofline.forward_flops(cfg, *(laid or full)) for name, cfg in configs.items()}
+    sampled = roofline.forward_flops(configs["policy"], *full)
     logits = {name: roofline.logits_flops(configs[name], stage.batch_size * new) for name in ("policy", "kl_to")}
     trained = forward["policy"] + logits["policy"] + forward.get("value", 0.0)
     judged = sum(flops for name, flops in forward.items() if name != "policy") + logits["kl_to"]
-    return {"sample": forward["policy"] + logits["policy"], "score": judged, "update": 3 * stage.epochs * trained}
+    return {"sample": sampled + logits["policy"], "score": judged, "update": 3 * stage.epochs * trained}
 
 
 def memory_gib() -> float:

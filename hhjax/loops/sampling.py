@@ -12,7 +12,8 @@ import jax
 import numpy as np
 
 from hhjax.data.comparisons import ComparisonData
-from hhjax.data.stream import PromptSource
+from hhjax.data.packing import ReplyPacker
+from hhjax.data.stream import Host, PromptSource
 from hhjax.data.tokenizer import Tokenizer
 from hhjax.data.transcripts import has_marker
 from hhjax.evals.replies import best_of_n_kl, best_of_n_mean
@@ -26,7 +27,6 @@ from hhjax.model.generate import Sampling, generate
 from hhjax.model.transformer import RunConfig
 from hhjax.objectives.preference import end_scores
 from hhjax.sharding import batch_host, batch_sharding, batch_ways, check_batch, make_mesh, put_batch, replicated
-from hhjax.train.rollout import closed_rows
 from hhjax.train.state import decayed
 from hhjax.types import Model, Params, Samples, Tokens, Vocabulary
 
@@ -76,9 +76,9 @@ def make_sample(model: Model, vocab: Vocabulary, cfg: Sampling, mesh):
     return jax.jit(sample, in_shardings=(None, rows, rows, None), out_shardings=(rows, replicated(mesh)))
 
 
-def make_judge(model: Model, vocab: Vocabulary, mesh):
-    """judge(params, samples) -> the PM's score of every sample, [B] on every device."""
-    score = lambda params, samples: end_scores(model, params, closed_rows(samples, vocab))  # noqa: E731
+def make_judge(model: Model, mesh):
+    """judge(params, PackedReplies) -> the PM's score of every reply, [B] on every device."""
+    score = lambda params, rows: end_scores(model, params, rows, ways=batch_ways(mesh))  # noqa: E731
     return jax.jit(score, out_shardings=replicated(mesh))
 
 
@@ -172,15 +172,18 @@ def draw_and_judge(stage, ctx: StageContext, key, found: Mapping[str, Loaded], p
     shared = math.gcd(copies, (stage.sampling.slots or stage.batch_size) // batch_ways(mesh))  # rows that read one prompt together
     tok = found[policy].tokenizer
     sample = make_sample(found[policy].model, tok.vocabulary, stage.sampling, mesh)
-    judge = {name: make_judge(found[name].model, tok.vocabulary, mesh) for name in judges}
+    judge = {name: make_judge(found[name].model, mesh) for name in judges}
+    packer = ReplyPacker(stage.prompt_len, stage.sampling.max_new_tokens, tok.vocabulary, batch_ways(mesh), shared, Host(*batch_host(mesh)))
     params = {name: frozen(found[name].params, compute_dtype(stage.run, mesh)) for name in (policy, *judges)}
     scores, texts = {name: [] for name in judges}, []
     for places, real in row_batches(len(rows), stage.batch_size):
         ctx.stop_if_told()
         samples, _ = sample(params[policy], *put_prompts(source, rows[places], places, mesh, shared), key)
+        whole, stopped = fetch((samples.rows, samples.stopped), mesh)
+        packed = put_batch(packer.pack(whole, stopped), mesh) if judges else None
         for name in judges:
-            scores[name].append(jax.device_get(judge[name](params[name], samples))[:real])
-        texts += reply_texts(fetch(samples.rows, mesh), tok)[:real]
+            scores[name].append(jax.device_get(judge[name](params[name], packed))[:real])
+        texts += reply_texts(whole, tok)[:real]
     return {name: np.concatenate(s) for name, s in scores.items()}, texts
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from hhjax.types import Array, Model, Params, Tokens, Vocabulary
+from hhjax.types import Array, Model, PackedPairs, PackedReplies, Params, Tokens, Vocabulary
 
 NEVER = -1e30  # a logit whose probability is 0 in f32; finite, so that 0 * logp stays 0
 
@@ -31,18 +31,43 @@ def joined(prompts: Tokens, reply, vocab: Vocabulary) -> Tokens:
     return Tokens(tokens, prompts.length, prompts.length + jnp.sum(reply != vocab.pad, -1))
 
 
-def reply_tokens(rows: Tokens, width: int):
-    """The reply of each row from its start on: tokens [B, width] (pad past its end) and mask [B, width] bool."""
+def hidden_states(model: Model, params: Params, rows: Tokens | PackedReplies | PackedPairs):
+    """The last hidden states of rows of any layout, [rows, T, D]."""
+    if isinstance(rows, Tokens):
+        return model.apply(params, rows.tokens)[0]
+    return model.apply(params, rows.tokens, rows.positions, packed_mask(rows))[0]
+
+
+def packed_mask(rows: PackedPairs | PackedReplies):
+    """Which tokens each token may see, [N, T, T] bool: those before it of its own prompt, but for other replies to it."""
+    t = jnp.arange(rows.tokens.shape[1])
+    same = rows.pair[:, :, None] == rows.pair[:, None, :]
+    shared = (rows.branch[:, None, :] == 0) | (rows.branch[:, :, None] == rows.branch[:, None, :])
+    return same & shared & (t[None, :] <= t[:, None])
+
+
+def reply_tokens(rows: Tokens | PackedReplies, width: int):
+    """Each reply from its start on: tokens [B, width] (pad past its end) and mask [B, width] bool."""
+    if isinstance(rows, PackedReplies):
+        return rows.reply, jnp.arange(width)[None] < rows.reply_len[:, None]
     at = rows.prompt_len[:, None] + jnp.arange(width)[None]
     mask = at < rows.length[:, None]
     tokens = jnp.take_along_axis(rows.tokens, jnp.minimum(at, rows.tokens.shape[1] - 1), axis=1)
     return tokens, mask
 
 
-def before_reply_tokens(hidden, rows: Tokens, width: int):
-    """The hidden states that predict each reply token: [B, T, D] -> [B, width, D]."""
+def before_reply_tokens(hidden, rows: Tokens | PackedReplies, width: int, ways: int = 1):
+    """The hidden states that predict each reply token, [B, width, D], of those of whole rows. ways: shards of packed rows."""
+    if isinstance(rows, PackedReplies):
+        return picked(hidden, rows.before, ways)
     at = rows.prompt_len[:, None] - 1 + jnp.arange(width)[None]
     return jnp.take_along_axis(hidden, jnp.minimum(at, hidden.shape[1] - 1)[..., None], axis=1)
+
+
+def picked(hidden, places, ways: int):
+    """Hidden states [N, T, D] at places [B, ...] that count through the rows of each of `ways` shards: [B, ..., D]."""
+    flat, index = hidden.reshape(ways, -1, hidden.shape[-1]), places.reshape(ways, -1, 1)
+    return jnp.take_along_axis(flat, index, axis=1).reshape(*places.shape, -1)
 
 
 def reply_logps(model: Model, params: Params, hidden, tokens, vocab: Vocabulary, temperature: float = 1.0,

@@ -5,9 +5,10 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
+from hhjax.model.replies import hidden_states, picked
 from hhjax.objectives.lm import chunked_nll, next_tokens
 from hhjax.objectives.masked import masked_mean, weighted_mean
-from hhjax.types import LossFn, Model, PackedPairs, Pairs, Tokens
+from hhjax.types import LossFn, Model, PackedPairs, PackedReplies, Pairs, Tokens
 
 
 @dataclass(frozen=True)
@@ -49,10 +50,13 @@ def both_rows(pairs: Pairs) -> Tokens:
     return jax.tree.map(side_by_side, pairs.chosen, pairs.rejected)
 
 
-def end_scores(model: Model, params, rows: Tokens, hidden=None):
-    """The scalar head read at each row's last token, the end-of-context token. Returns [B] f32."""
+def end_scores(model: Model, params, rows: Tokens | PackedReplies, hidden=None, ways: int = 1):
+    """The scalar head read at the end-of-context token, each row's last or each packed reply's. Returns [B] f32. ways: shards of
+    packed rows."""
     if hidden is None:
-        hidden, _ = model.apply(params, rows.tokens)
+        hidden = hidden_states(model, params, rows)
+    if isinstance(rows, PackedReplies):
+        return model.score(params, picked(hidden, rows.end, ways))
     last = jnp.take_along_axis(hidden, (rows.length - 1)[:, None, None], axis=1)[:, 0]
     return model.score(params, last)
 
@@ -64,7 +68,7 @@ def pair_scores(model: Model, params, pairs: Pairs | PackedPairs):
     their own. A loss that works element by element and by `weight` takes both.
     """
     if isinstance(pairs, PackedPairs):
-        hidden, _ = model.apply(params, pairs.tokens, pairs.positions, packed_mask(pairs))
+        hidden = hidden_states(model, params, pairs)
         ends = jnp.take_along_axis(hidden, pairs.ends.reshape(len(hidden), -1, 1), axis=1)
         scores = model.score(params, ends).reshape(pairs.ends.shape)
         return scores[..., 0], scores[..., 1], hidden
@@ -72,14 +76,6 @@ def pair_scores(model: Model, params, pairs: Pairs | PackedPairs):
     hidden, _ = model.apply(params, rows.tokens)
     scores = end_scores(model, params, rows, hidden).reshape(-1, 2)
     return scores[:, 0], scores[:, 1], hidden.reshape(-1, 2, *hidden.shape[1:])
-
-
-def packed_mask(pairs: PackedPairs):
-    """Which tokens each token may see, [R, T, T] bool: those before it in its own pair, but for the other reply."""
-    t = jnp.arange(pairs.tokens.shape[1])
-    same = pairs.pair[:, :, None] == pairs.pair[:, None, :]
-    shared = (pairs.branch[:, None, :] == 0) | (pairs.branch[:, :, None] == pairs.branch[:, None, :])
-    return same & shared & (t[None, :] <= t[:, None])
 
 
 def chosen_nats(model: Model, params, batch: Pairs | PackedPairs, hidden, chunk: int):

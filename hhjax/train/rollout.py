@@ -7,12 +7,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from hhjax.model.replies import before_reply_tokens, by_chunks, policy_logits, reply_logps, reply_tokens
+from hhjax.model.replies import before_reply_tokens, by_chunks, hidden_states, policy_logits, reply_logps, reply_tokens
 from hhjax.objectives.advantage import explained_variance, gae, shaped_rewards, whiten
 from hhjax.objectives.kl import kl_k1, kl_k3
 from hhjax.objectives.masked import masked_mean, masked_sum
 from hhjax.objectives.preference import end_scores
-from hhjax.types import Actor, Model, Rollout, Samples, Tokens, Vocabulary
+from hhjax.types import Actor, Model, PackedReplies, Rollout, Samples, Tokens, Vocabulary
 
 
 @dataclass(frozen=True)
@@ -37,36 +37,36 @@ class Judges(NamedTuple):
     tests: Mapping[str, Model]
 
 
-def make_actor(policy: Model, value: Model | None, vocab: Vocabulary, width: int, temperature: float = 1.0) -> Actor:
+def make_actor(policy: Model, value: Model | None, vocab: Vocabulary, width: int, temperature: float = 1.0, ways: int = 1) -> Actor:
     """(params, rows) -> logp, values and entropy of the reply tokens, [B, width] each; the caller masks.
 
     params: {"policy", "value"}, or {"policy"} alone where value is None: then the score head of the policy's trunk is read.
+    ways: the shards of the batch, see PackedReplies.
     """
 
-    def actor(params, rows: Tokens):
+    def actor(params, rows: Tokens | PackedReplies):
         tokens, _ = reply_tokens(rows, width)
-        hidden = before_reply_tokens(policy.apply(params["policy"], rows.tokens)[0], rows, width)
+        hidden = before_reply_tokens(hidden_states(policy, params["policy"], rows), rows, width, ways)
         logp, entropy = reply_logps(policy, params["policy"], hidden, tokens, vocab, temperature)
         if value is None:
             return logp, policy.score(params["policy"], hidden), entropy
-        seen = before_reply_tokens(value.apply(params["value"], rows.tokens)[0], rows, width)
+        seen = before_reply_tokens(hidden_states(value, params["value"], rows), rows, width, ways)
         return logp, value.score(params["value"], seen), entropy
 
     return actor
 
 
 def make_score(actor: Actor, judges: Judges, vocab: Vocabulary, width: int, cfg: RolloutConfig, recompute: bool,
-               temperature: float = 1.0):
-    """score(params, frozen, samples, offsets, beta) -> (Rollout, report), to be jitted.
+               temperature: float = 1.0, ways: int = 1):
+    """score(params, frozen, samples, rows, offsets, beta) -> (Rollout, report), to be jitted.
 
-    frozen: {"reference", "reward", "tests": {name: ...}} parameters. offsets: {"reward", "tests"} scores to subtract, and
+    rows: what models read of the samples, `samples.rows` or PackedReplies of them; ways: the shards of these. frozen: {"reference", "reward", "tests": {name: ...}} parameters. offsets: {"reward", "tests"} scores to subtract, and
     "value", what a centred score is on the value network's scale: the reward's offset where it started from that PM, which
     predicts scores as they are, and 0 where it started from a head of zeros.
     report: per sample, [B] each: score, test scores, k1 and k3 KL in nats, length, stopped; and scalars of the whole batch.
     """
 
-    def score(params, frozen, samples: Samples, offsets, beta):
-        rows = samples.rows
+    def score(params, frozen, samples: Samples, rows: Tokens | PackedReplies, offsets, beta):
         tokens, mask = reply_tokens(rows, width)
         logp, values, entropy = actor(params, rows)
         drift = {}
@@ -74,10 +74,10 @@ def make_score(actor: Actor, judges: Judges, vocab: Vocabulary, width: int, cfg:
             drift = {"sampler_drift_max": jnp.max(jnp.where(mask, jnp.abs(samples.logp - logp), 0.0))}
         else:  # the sampler's are the same to rounding, and the policy's forward falls away
             logp, entropy = samples.logp, samples.entropy
-        hidden = before_reply_tokens(judges.reference.apply(frozen["reference"], rows.tokens)[0], rows, width)
+        hidden = before_reply_tokens(hidden_states(judges.reference, frozen["reference"], rows), rows, width, ways)
         ref_logp, _ = reply_logps(judges.reference, frozen["reference"], hidden, tokens, vocab, temperature)
-        closed = closed_rows(samples, vocab)
-        judge = lambda model, params, offset: end_scores(model, params, closed) - offset  # noqa: E731
+        closed = rows if isinstance(rows, PackedReplies) else closed_rows(samples, vocab)
+        judge = lambda model, params, offset: end_scores(model, params, closed, ways=ways) - offset  # noqa: E731
         said = judge(judges.reward, frozen["reward"], offsets["reward"])
         tests = {n: judge(m, frozen["tests"][n], offsets["tests"][n]) for n, m in judges.tests.items()}
         paid = said if cfg.no_stop_score is None else jnp.where(samples.stopped, said, cfg.no_stop_score)

@@ -8,8 +8,6 @@ from hhjax.sharding import batch_sharding, replicated
 from hhjax.train.state import TrainState
 from hhjax.types import Batch, LossFn
 
-SHUFFLES = 2**32 - 1  # a child of the run's key that no step draws
-
 
 def make_train_step(loss: LossFn, optimizer: optax.GradientTransformation, micro_batches: int = 1, parts=()):
     """One update: params <- params - optimizer(grad of loss).
@@ -37,25 +35,26 @@ def make_train_step(loss: LossFn, optimizer: optax.GradientTransformation, micro
     return train_step
 
 
-def make_ppo_update(train_step, epochs: int, minibatches: int):
-    """All epochs and shuffled minibatches of one rollout: (state, Rollout) -> (state, metrics), to be jitted whole.
+def make_ppo_update(train_step):
+    """All minibatches of one rollout, over all epochs: (state, Rollout, order, rows) -> (state, metrics), to be jitted whole.
 
-    Each epoch is a permutation of the rows by the state's key and step, cut into equal minibatches. Metrics are means
-    over the minibatches, those in _max maxima; first_log_ratio_max is the first minibatch's, 0 but for rounding.
-    Raises ValueError where the rows do not divide.
+    order: [K, b] int32, the samples of each minibatch, or None: one update on all of them. rows: what the models read of each
+    minibatch, a tree of [K, ...], or None: the rows of the rollout, by the same order. Metrics are means over the minibatches,
+    those in _max maxima; first_log_ratio_max is the first minibatch's, 0 but for rounding.
     """
 
-    def update(state: TrainState, rollout):
-        rows = rollout.mask.shape[0]
-        if rows % minibatches:
-            raise ValueError(f"{rows} samples do not divide into {minibatches} minibatches; choose a divisor")
-        if epochs * minibatches == 1:
+    def update(state: TrainState, rollout, order=None, rows=None):
+        if order is None:
             state, metrics = train_step(state, rollout)
             return state, metrics | {"first_log_ratio_max": metrics["log_ratio_max"]}
-        keys = jax.random.split(jax.random.fold_in(jax.random.fold_in(state.key, SHUFFLES), state.step), epochs)
-        order = jax.vmap(jax.random.permutation, (0, None))(keys, rows).reshape(epochs * minibatches, -1)
-        take = lambda index: jax.tree.map(lambda x: x[index], rollout)  # noqa: E731
-        state, metrics = jax.lax.scan(lambda s, index: train_step(s, take(index)), state, order)
+
+        def one(state, part):
+            index, own = part
+            kept = rollout if own is None else rollout._replace(rows=None)
+            mine = jax.tree.map(lambda x: x[index], kept)
+            return train_step(state, mine if own is None else mine._replace(rows=own))
+
+        state, metrics = jax.lax.scan(one, state, (order, rows))
         first = metrics["log_ratio_max"][0]
         return state, {n: combine(n)(x) for n, x in metrics.items()} | {"first_log_ratio_max": first}
 

@@ -3,16 +3,17 @@
 import jax
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hhjax.data.packing import MOST, PackedSource, first_fit
+from hhjax.data.packing import MOST, PackedSource, ReplyPacker, first_fit
 from hhjax.data.stream import Host, PairSource
 from hhjax.model.sizes import model_config
 from hhjax.model.transformer import make_model
 from hhjax.objectives.preference import preference_objective
 from hhjax.train.state import OptimConfig, init_state, make_optimizer
 from hhjax.train.step import make_train_step
+from hhjax.types import Tokens, Vocabulary
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +52,61 @@ def test_bins_hold_everything_once_and_no_more_than_fits(lengths, most):
     assert sorted(i for members in bins for i in members) == list(range(len(lengths)))
     assert all(0 < len(members) <= most and sum(lengths[i] for i in members) <= 50 for members in bins)
     assert len(bins) >= sum(lengths) / 50 and sum(sum(lengths[i] for i in m) <= 25 and len(m) < most for m in bins) <= 1
+
+
+def make_replies(rng, count, copies=1):
+    """Samples as numpy rows: prompts of 1 to 12 tokens, replies of 1 to 8, and which of them stopped."""
+    prompts = [rng.integers(3, 90, rng.integers(1, 13)) for _ in range(count // copies)]
+    replies = [rng.integers(3, 90, rng.integers(1, 9)) for _ in range(count)]
+    rows = [np.concatenate([prompts[i // copies], reply]) for i, reply in enumerate(replies)]
+    tokens = np.array([np.pad(row, (0, 20 - len(row))) for row in rows], np.int32)
+    stopped = rng.random(count) < 0.5
+    for i in np.flatnonzero(stopped):
+        tokens[i, len(rows[i]) - 1] = 1
+    lengths = (np.array([len(x) for x in of], np.int32) for of in ([prompts[i // copies] for i in range(count)], rows))
+    return Tokens(tokens, *lengths), stopped
+
+
+@given(st.integers(0, 10_000), st.sampled_from([1, 2, 4]), st.sampled_from([1, 2, 3]))
+@settings(max_examples=25, deadline=None)
+def test_packed_replies_say_where_everything_is(seed, ways, copies):
+    """Every reply, its predecessors and its end lie where the packer says, behind their own prompt, in their own shard."""
+    rng = np.random.default_rng(seed)
+    rows, stopped = make_replies(rng, 24, copies)
+    batches = None if copies > 1 else np.stack([rng.permutation(24) for _ in range(2)])
+    packed = ReplyPacker(12, 8, Vocabulary(0, 1, 2, 99), ways, copies).pack(rows, stopped, batches)
+    order = np.arange(24)[None] if batches is None else batches
+    if batches is None:
+        packed = jax.tree.map(lambda x: x[None], packed)
+    for k, members in enumerate(order):
+        own = packed.tokens.shape[1] // ways
+        for place, sample in enumerate(members):
+            shard = np.s_[k, place * ways // 24 * own : (place * ways // 24 + 1) * own]
+            tokens, positions, pair, branch = (x[shard].reshape(-1) for x in packed[:4])
+            p, n = rows.prompt_len[sample], rows.length[sample] - rows.prompt_len[sample]
+            prompt, reply = np.split(rows.tokens[sample, : p + n], [p])
+            np.testing.assert_array_equal(packed.reply[k, place], np.pad(reply, (0, 8 - n)))
+            assert packed.reply_len[k, place] == n
+            before, end = packed.before[k, place][:n], packed.end[k, place]
+            assert tokens[before].tolist() == [prompt[-1], *reply[:-1]] and tokens[end] == 2 and tokens[end - 1] == 1
+            assert positions[before].tolist() == list(range(p - 1, p + n - 1)) and branch[before[0]] == 0 and (branch[before[1:]] > 0).all()
+            row = end // packed.tokens.shape[2]
+            mine = (np.arange(len(tokens)) // packed.tokens.shape[2] == row) & (pair == pair[end])
+            assert tokens[mine & (branch == 0)].tolist() == prompt.tolist()
+            assert tokens[mine & (branch == branch[end])].tolist() == [*reply, *([2] if stopped[sample] else [1, 2])]
+
+
+def test_replies_to_one_prompt_share_it():
+    rows, stopped = make_replies(np.random.default_rng(0), 12, copies=3)
+    shared, apart = (ReplyPacker(12, 8, Vocabulary(0, 1, 2, 99), 1, copies).pack(rows, stopped) for copies in (3, 1))
+    spent = lambda packed: int((packed.pair >= 0).sum())  # noqa: E731
+    assert spent(apart) - spent(shared) == sum(2 * int(n) for n in rows.prompt_len[::3])
+
+
+def test_few_numbers_of_rows_are_compiled():
+    rng, packer = np.random.default_rng(0), ReplyPacker(12, 8, Vocabulary(0, 1, 2, 99))
+    shapes = {packer.pack(*make_replies(rng, 64)).tokens.shape for _ in range(40)}
+    assert len(shapes) <= 3 and all(rows % 4 == 0 and width == 48 for rows, width in shapes)
 
 
 def test_a_packed_batch_holds_the_pairs_of_a_plain_one(tok, pairs, source):

@@ -5,11 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from hhjax.data.packing import ReplyPacker
 from hhjax.model.generate import Sampling, generate
 from hhjax.model.transformer import ModelConfig, make_model
 from hhjax.objectives.advantage import gae, shaped_rewards
 from hhjax.objectives.ppo import PPOLoss, ppo_objective
-from hhjax.sharding import MeshConfig, batch_sharding, make_mesh, param_shardings
+from hhjax.sharding import MeshConfig, batch_sharding, batch_ways, batches_sharding, make_mesh, param_shardings
 from hhjax.train.rollout import Judges, RolloutConfig, closed_rows, make_actor, make_exact_kl, make_score
 from hhjax.train.state import OptimConfig, init_state, join_policy, make_parts_optimizer, split_policy, state_shardings
 from hhjax.train.step import make_ppo_update, make_train_step
@@ -31,9 +32,13 @@ def make_all(mesh=None, batch=8):
     return model, {"policy": policy, "value": value}, frozen, Tokens(tokens.astype(jnp.int32), length, length)
 
 
-def make_parts(model, cfg=RolloutConfig(), recompute=False):
-    actor = make_actor(model, model, VOCAB, R)
-    return actor, make_score(actor, Judges(model, model, {"other": model}), VOCAB, R, cfg, recompute)
+def make_parts(model, cfg=RolloutConfig(), recompute=False, ways=1):
+    actor = make_actor(model, model, VOCAB, R, ways=ways)
+    return actor, make_score(actor, Judges(model, model, {"other": model}), VOCAB, R, cfg, recompute, ways=ways)
+
+
+def packed(samples, ways=1, batches=None):
+    return ReplyPacker(6, R, VOCAB, ways).pack(*jax.device_get((samples.rows, samples.stopped)), batches)
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +46,7 @@ def scored():
     model, params, frozen, prompts = make_all()
     samples, _ = generate(model, params["policy"], prompts, jnp.arange(8), jax.random.key(0), VOCAB, Sampling(R))
     actor, score = make_parts(model)
-    return model, params, frozen, samples, actor, *score(params, frozen, samples, OFFSETS, 0.1)
+    return model, params, frozen, samples, actor, *score(params, frozen, samples, samples.rows, OFFSETS, 0.1)
 
 
 def test_a_pm_reads_replies_that_end_in_eot_and_eoc():
@@ -72,11 +77,11 @@ def test_the_first_ratio_is_one(scored):
 
 def test_recomputed_logps_are_the_samplers(scored):
     model, params, frozen, samples, _, rollout, _ = scored
-    again, report = make_parts(model, recompute=True)[1](params, frozen, samples, OFFSETS, 0.1)
+    again, report = make_parts(model, recompute=True)[1](params, frozen, samples, samples.rows, OFFSETS, 0.1)
     np.testing.assert_allclose(again.logp, rollout.logp, atol=1e-5)
     assert 0 < float(report["sampler_drift_max"]) < 1e-4
     wrong = samples._replace(logp=samples.logp - 0.5)  # a sampler that is another model than the trainer is seen
-    _, seen = make_parts(model, recompute=True)[1](params, frozen, wrong, OFFSETS, 0.1)
+    _, seen = make_parts(model, recompute=True)[1](params, frozen, wrong, wrong.rows, OFFSETS, 0.1)
     assert float(seen["sampler_drift_max"]) == pytest.approx(0.5, abs=1e-3)
 
 
@@ -93,7 +98,7 @@ def test_advantages_are_whitened_and_rewards_are_not(scored):
 def test_a_reply_without_a_stop_scores_what_the_rule_says(scored):
     model, params, frozen, samples, *_, before, report = scored
     assert 0 < int(samples.stopped.sum()) < 8
-    fixed, seen = make_parts(model, RolloutConfig(no_stop_score=-1.0, lam=1.0))[1](params, frozen, samples, OFFSETS, 0.0)
+    fixed, seen = make_parts(model, RolloutConfig(no_stop_score=-1.0, lam=1.0))[1](params, frozen, samples, samples.rows, OFFSETS, 0.0)
     last = samples.rows.length - samples.rows.prompt_len - 1
     paid = jnp.take_along_axis(fixed.returns, last[:, None], 1)[:, 0]
     np.testing.assert_allclose(paid, jnp.where(samples.stopped, seen["score"], -1.0), atol=1e-5)
@@ -105,7 +110,7 @@ def test_a_value_network_on_the_pms_own_scale_gives_the_same_advantages(scored):
     model, params, frozen, samples, actor, rollout, report = scored
     higher = lambda params, rows: (*actor(params, rows)[:1], actor(params, rows)[1] + 0.25, actor(params, rows)[2])  # noqa: E731
     score = make_score(higher, Judges(model, model, {"other": model}), VOCAB, R, RolloutConfig(), False)
-    moved, seen = score(params, frozen, samples, OFFSETS | {"value": 0.25}, 0.1)
+    moved, seen = score(params, frozen, samples, samples.rows, OFFSETS | {"value": 0.25}, 0.1)
     np.testing.assert_allclose(moved.advantages, rollout.advantages, atol=1e-4)
     np.testing.assert_allclose(moved.returns, jnp.where(rollout.mask, rollout.returns + 0.25, 0), atol=1e-5)
     assert float(seen["value_mean"]) == pytest.approx(float(report["value_mean"]), abs=1e-5)
@@ -116,7 +121,7 @@ def test_exact_kl_is_what_k1_estimates(scored):
     model, params, frozen, *_ = scored
     prompt = Tokens(jnp.full((2000, 2), 7), jnp.full(2000, 2), jnp.full(2000, 2))
     samples, _ = generate(model, params["policy"], prompt, jnp.arange(2000), jax.random.key(3), VOCAB, Sampling(R))
-    _, report = make_parts(model)[1](params, frozen, samples, OFFSETS, 0.0)
+    _, report = make_parts(model)[1](params, frozen, samples, samples.rows, OFFSETS, 0.0)
     exact = make_exact_kl(model, model, VOCAB, R)(params["policy"], frozen["reference"], samples.rows)
     assert float(exact.std()) < float(report["k1"].std())
     error = float(report["k1"].std()) / 2000**0.5
@@ -127,10 +132,10 @@ def test_exact_kl_is_what_k1_estimates(scored):
 # The update -----------------------------------------------------------------------------------------------------------
 
 
-def make_updates(actor, epochs=1, minibatches=1, micro=1, lr=1e-2, loss=PPOLoss()):
+def make_updates(actor, micro=1, lr=1e-2, loss=PPOLoss()):
     optimizer = make_parts_optimizer({"policy": OptimConfig(lr), "value": OptimConfig(lr)}, 100)
     step = make_train_step(ppo_objective(actor, loss), optimizer, micro, ("policy", "value"))
-    return optimizer, step, jax.jit(make_ppo_update(step, epochs, minibatches))
+    return optimizer, step, jax.jit(make_ppo_update(step))
 
 
 def test_one_minibatch_and_one_epoch_is_one_step(scored):
@@ -141,8 +146,7 @@ def test_one_minibatch_and_one_epoch_is_one_step(scored):
         np.testing.assert_allclose(a, b, atol=1e-6)
 
 
-def test_every_epoch_sees_every_row_once(scored):
-    """With a loss that sums a row's number, each minibatch differs and each epoch adds up to all."""
+def test_a_minibatch_holds_its_samples(scored):
     _, params, _, _, _, rollout, _ = scored
     seen = []
 
@@ -153,10 +157,9 @@ def test_every_epoch_sees_every_row_once(scored):
     optimizer, *_ = make_updates(None)
     state = init_state(params, optimizer, jax.random.key(0))
     numbered = rollout._replace(returns=jnp.arange(64.0).reshape(8, 8))
-    _, metrics = jax.block_until_ready(make_ppo_update(step, 3, 2)(state, numbered))
-    epochs = [sorted(seen[i] + seen[i + 1]) for i in (0, 2, 4)]
-    assert len(seen) == 6 and epochs == [[8.0 * i for i in range(8)]] * 3
-    assert len({tuple(part) for part in seen}) > 2
+    order = np.array([[3, 0, 5, 1], [2, 7, 6, 4], [1, 1, 0, 2]])
+    _, metrics = jax.block_until_ready(make_ppo_update(step)(state, numbered, order))
+    assert seen == (8.0 * order).tolist()
     assert float(metrics["first_log_ratio_max"]) == sum(seen[0]) and float(metrics["log_ratio_max"]) == max(map(sum, seen))
 
 
@@ -175,11 +178,17 @@ def test_micro_batches_give_the_same_update(scored):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6), moments, moments4)
 
 
-def test_rows_that_do_not_divide_are_refused(scored):
-    _, params, _, _, actor, rollout, _ = scored
-    optimizer, _, update = make_updates(actor, minibatches=3)
-    with pytest.raises(ValueError, match="8 samples do not divide into 3 minibatches"):
-        update(init_state(params, optimizer, jax.random.key(0)), rollout)
+def test_packed_replies_are_read_as_rows_of_their_own(scored):
+    """Rollout, report and gradient: the prompts' lengths differ, some replies stopped and some did not."""
+    model, params, frozen, samples, actor, rollout, report = scored
+    rows = packed(samples)
+    assert rows.tokens.shape[0] < 8 and rows.pair.max() > 1
+    found, seen = make_parts(model)[1](params, frozen, samples, rows, OFFSETS, 0.1)
+    for a, b in zip(jax.tree.leaves((found._replace(rows=None), seen)), jax.tree.leaves((rollout._replace(rows=None), report)), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-4)
+    grad = jax.grad(lambda p, r: ppo_objective(actor)(p, r, None)[0])
+    for a, b in zip(jax.tree.leaves(grad(params, found)), jax.tree.leaves(grad(params, rollout)), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5 + 1e-3 * float(jnp.abs(b).max()))
 
 
 def test_a_saved_policy_state_is_the_state_again(scored):
@@ -192,23 +201,27 @@ def test_a_saved_policy_state_is_the_state_again(scored):
 
 @pytest.mark.parametrize("mesh", [MeshConfig(8), MeshConfig(2, 4), MeshConfig(2, 2, 2)])
 def test_eight_devices_equal_one(scored, mesh):
-    """Score and update on a mesh give the one-device rollout, metrics and parameters; the parameters are really split."""
+    """Score and update on a mesh, of packed rows, give the one-device rollout, metrics and parameters of a row a reply; the parameters are
+    really split. The order of the samples in an epoch is another for every shard's rows."""
     _, params, frozen, samples, actor, rollout, report = scored
     mesh = make_mesh(mesh)
     model = make_model(CONFIG, mesh)
-    sharded_actor, score = make_parts(model)
-    optimizer, _, update = make_updates(sharded_actor, epochs=2, minibatches=1, lr=1e-3)
+    ways = batch_ways(mesh)
+    sharded_actor, score = make_parts(model, ways=ways)
+    optimizer, _, update = make_updates(sharded_actor, lr=1e-3)
     places = {name: param_shardings(model.axes(), tree, mesh) for name, tree in params.items()}
     shardings = state_shardings(optimizer, jax.eval_shape(lambda: params), places, mesh)
     rows = batch_sharding(mesh)
-    found, seen = jax.jit(score, in_shardings=(places, None, rows, None, None), out_shardings=(rows, None))(
-        params, frozen, samples, OFFSETS, 0.1)  # fmt: skip
-    for a, b in zip(jax.tree.leaves((found, seen)), jax.tree.leaves((rollout, report))):
+    found, seen = jax.jit(score, in_shardings=(places, None, rows, rows, None, None), out_shardings=(rows, None))(
+        params, frozen, samples, packed(samples, ways), OFFSETS, 0.1)  # fmt: skip
+    for a, b in zip(jax.tree.leaves((found._replace(rows=None), seen)), jax.tree.leaves((rollout._replace(rows=None), report)), strict=True):
         np.testing.assert_allclose(a, b, atol=2e-4)
     start = jax.device_put(init_state(params, optimizer, jax.random.key(0)), shardings)
-    state, metrics = jax.jit(update, in_shardings=(shardings, rows), out_shardings=(shardings, None))(start, found)
-    optimizer, _, update = make_updates(actor, epochs=2, lr=1e-3)
-    one_state, one = update(init_state(params, optimizer, jax.random.key(0)), rollout)
+    order = np.array([[3, 0, 5, 1, 2, 7, 6, 4], [7, 6, 5, 4, 3, 2, 1, 0]])
+    state, metrics = jax.jit(update, in_shardings=(shardings, rows, None, batches_sharding(mesh)), out_shardings=(shardings, None))(
+        start, found, order, packed(samples, ways, order))  # fmt: skip
+    optimizer, _, update = make_updates(actor, lr=1e-3)
+    one_state, one = update(init_state(params, optimizer, jax.random.key(0)), rollout, order)
     for name in one:
         np.testing.assert_allclose(metrics[name], one[name], rtol=2e-3, atol=2e-5, err_msg=name)
     for a, b in zip(jax.tree.leaves(state.params), jax.tree.leaves(one_state.params)):
@@ -224,14 +237,15 @@ def test_a_toy_reward_is_learnt(seed):
     model, params, frozen, prompts = make_all(batch=32)
     params = {"policy": model.init(jax.random.key(seed)), "value": model.init(jax.random.key(seed + 100))}
     actor = make_actor(model, model, VOCAB, R)
-    _, _, update = made = make_updates(actor, epochs=2, minibatches=2, lr=3e-3)
+    _, _, update = made = make_updates(actor, lr=3e-3)
+    rng = np.random.default_rng(seed)
     state = init_state(params, made[0], jax.random.key(seed))
     _, score = make_parts(model)
 
     @jax.jit
     def rollout(params, key):
         samples, _ = generate(model, params["policy"], prompts, jnp.arange(32), key, VOCAB, Sampling(R))
-        found, _ = score(params, frozen | {"reference": params["policy"]}, samples, OFFSETS, 0.0)
+        found, _ = score(params, frozen | {"reference": params["policy"]}, samples, samples.rows, OFFSETS, 0.0)
         reply = jnp.take_along_axis(samples.rows.tokens, samples.rows.prompt_len[:, None] + jnp.arange(R)[None], 1)
         share = jnp.sum((reply == 7) & found.mask, -1) / jnp.sum(found.mask, -1)
         advantages, returns = gae(shaped_rewards(share, 0 * found.logp, found.mask, 0.0), found.values, found.mask, 1.0, 0.95)
@@ -244,5 +258,5 @@ def test_a_toy_reward_is_learnt(seed):
         shares.append(float(share))
         if np.mean(shares[-5:]) > 0.9:
             break
-        state, _ = update(state, found)
+        state, _ = update(state, found, np.stack([rng.permutation(32) for _ in range(2)]).reshape(4, 16))
     assert shares[0] < 0.2 and np.mean(shares[-5:]) > 0.9

@@ -1,0 +1,101 @@
+"""Runs the benchmarks one after the other and writes results/benchmarks.md: command, machine, date and table.
+
+    python scripts/benchmarks.py                 # all of them, 20 minutes on two slow cores
+    python scripts/benchmarks.py --only pm,ppo   # those whose name begins so; the others' tables stay
+    python scripts/benchmarks.py --out FILE
+"""
+
+import argparse
+import json
+import os
+import platform
+import re
+import shlex
+import subprocess
+import sys
+from datetime import datetime, timezone
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+SMALL = "--layers 4 --width 256 --mlp-width 1024 --vocab 512"
+RATES = "median_s share_of_ceiling compile_s"
+# title: (arguments of `hhjax bench`, columns)
+BENCHES = {
+    "pm, 16 pairs of 64 + 64 tokens": (f"pm {SMALL}", f"pairs_per_s {RATES}"),
+    "pm, 16 pairs of HH's lengths, packed": (f"pm {SMALL} --lengths hh", f"pairs_per_s useful_share {RATES}"),
+    "pm, 16 pairs of HH's lengths, two rows a pair": (f"pm {SMALL} --lengths hh --no-packed", f"pairs_per_s useful_share {RATES}"),
+    "pm 13M, 8 pairs of 256 tokens": ("pm --size 13M --vocab 8192 --batch 8 --prompt 128 --response 128 --no-packed --repeats 6", f"pairs_per_s {RATES}"),
+    "lm 13M, 16 rows of 256 tokens": ("lm --size 13M --vocab 8192 --batch 16 --prompt 128 --response 128 --repeats 6", f"tokens_per_s {RATES}"),
+    "generate 13M, 32 prompts of 128, 64 new tokens": (
+        "generate --size 13M --vocab 8192 --batch 32 --prompt 128 --response 64 --repeats 6", "tokens_per_s decode_step_ms share_of_roofline prefill_s compile_s"),
+    "generate, ragged, all 512 rows at once": (
+        f"generate {SMALL} --batch 512 --prompt 32 --response 128 --mean-length 24 --repeats 3 --warmup 1", "tokens_per_s slot_occupancy mean_reply decode_step_ms"),
+    "generate, ragged, 512 rows in 32 slots": (
+        f"generate {SMALL} --batch 512 --prompt 32 --response 128 --mean-length 24 --slots 32 --repeats 3 --warmup 1", "tokens_per_s slot_occupancy mean_reply decode_step_ms"),
+    "generate, 16 replies a prompt, prompts of 128": (
+        f"generate {SMALL} --batch 64 --copies 16 --prompt 128 --response 32 --repeats 6", "tokens_per_s prefill_s"),
+    "generate, the same, each prompt read 16 times": (
+        f"generate {SMALL} --batch 64 --prompt 128 --response 32 --repeats 6", "tokens_per_s prefill_s"),
+    "ppo, 16 prompts, 64 + 64 tokens": (f"ppo {SMALL}", "samples_per_s generate_s score_s train_s first_step_s"),
+    "ppo, 64 prompts of HH's lengths up to 128, 32 new, packed": (
+        f"ppo {SMALL} --batch 64 --prompt 128 --response 32 --lengths hh --packed --repeats 6", "samples_per_s generate_s score_s train_s useful_share"),
+    "ppo, the same, a row a reply": (
+        f"ppo {SMALL} --batch 64 --prompt 128 --response 32 --lengths hh --repeats 6", "samples_per_s generate_s score_s train_s useful_share"),
+    "scale, 8 simulated devices, 16 pairs of 128 tokens": (f"scale {SMALL} --devices 8 --repeats 6", "mesh of_one_device median_s collectives"),
+    "compile, by depth": ("compile", "program layers trace_s cold_s warm_s"),
+}  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", help="beginnings of names, commas between")
+    parser.add_argument("--out", type=Path, default=ROOT / "results" / "benchmarks.md")
+    args = parser.parse_args()
+    chosen = [title for title in BENCHES if not args.only or title.startswith(tuple(args.only.split(",")))]
+    kept = sections(args.out.read_text()) if args.out.is_file() else {}
+    for title in chosen:
+        command, columns = BENCHES[title]
+        print(f"-- {title}: hhjax bench {command}", flush=True)
+        kept[title] = section(command, columns.split(), measure(command))
+        text = [HEAD, *(f"## {name}\n\n{kept[name]}" for name in BENCHES if name in kept), *([NOTES + kept[NOTES]] if NOTES in kept else [])]
+        args.out.write_text("\n\n".join(part.strip() for part in text) + "\n")
+
+
+HEAD = """# Benchmarks
+
+Made by `python scripts/benchmarks.py`; each table says when and where. `share_of_ceiling` is of this machine's own matrix products, read in the
+same run; `of_one_device` the rate over one device's, in turn."""
+NOTES = "## Notes\n\n"  # what follows is written by hand and kept
+
+
+def sections(text: str) -> dict[str, str]:
+    """Title -> text of each section of the file; that of the notes is NOTES."""
+    text, _, notes = text.partition(NOTES)
+    found = {title: body for title, body in re.findall(r"^## (.+?)\n\n(.*?)(?=^## |\Z)", text, re.M | re.S) if title in BENCHES}
+    return found | ({NOTES: notes} if notes else {})
+
+
+def measure(command: str) -> list[dict]:
+    """The JSON lines that the benchmark prints, in a process of its own. Raises CalledProcessError where it fails."""
+    hhjax = Path(sys.executable).with_name("hhjax")
+    done = subprocess.run([str(hhjax), "bench", *shlex.split(command)], stdout=subprocess.PIPE, text=True, check=True)
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+
+
+def section(command: str, columns: list[str], rows: list[dict]) -> str:
+    """The command, where and when it ran, and a table of the columns."""
+    where = f"{datetime.now(timezone.utc):%d %B %Y}, {rows[0]['device']}, {os.cpu_count()} cores of {processor()}, jax {rows[0]['jax']}, load {rows[0]['load']}"
+    ceiling = f", matrix products {rows[0]['ceiling_gflops']} GFLOP/s" if "ceiling_gflops" in rows[0] else ""
+    lines = [f"    hhjax bench {command}", "", f"{where}{ceiling}", "", "| " + " | ".join(columns) + " |", "| " + " | ".join("---" for _ in columns) + " |"]
+    return "\n".join(lines + ["| " + " | ".join(str(row[name]) for name in columns) + " |" for row in rows])
+
+
+def processor() -> str:
+    """The processor's name where the system tells it."""
+    if Path("/proc/cpuinfo").is_file() and (found := re.search(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text())):
+        return found[1].strip()
+    return platform.processor() or platform.machine()
+
+
+if __name__ == "__main__":
+    main()
