@@ -31,8 +31,8 @@ class LaunchConfig:
     """Runs whose name matches this pattern."""
     stage: str | None = None
     """This stage alone; what it needs must be done (sweep: this stage and what it needs)."""
-    out: Path = Path("runs")
-    """Where run directories are."""
+    out: str = "runs"
+    """Where run directories are: a folder, or gs://BUCKET/PREFIX (needs gcsfs)."""
     checkpoints: str | None = None
     """Where checkpoints are, if not in the run directories: a folder, or gs://BUCKET/PREFIX (needs gcsfs)."""
     seed: int | None = None

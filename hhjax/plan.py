@@ -10,6 +10,7 @@ import numpy as np
 from hhjax import roofline
 from hhjax.data.tokenizer import load_tokenizer
 from hhjax.experiment import DEFAULT_SIZE, PM, PPO, Run, Stage, Tokenizer, Training, place, split_step
+from hhjax.io.bucket import address_of, is_done
 from hhjax.io.models import open_model
 from hhjax.loops.rlhf import iteration_flops, ppo_optimizer, ppo_shardings, roles
 from hhjax.model.sizes import matmul_params, model_config
@@ -30,8 +31,8 @@ def describe(run: Run, out: Path, data_dir: Path | None = None) -> str:
     find = architectures({p.stage.name: p.stage for p in placed}, folders.__getitem__)
     lines = [f"run {run.name}"]
     for p in placed:
-        done = "done" if (p.dir / "DONE").is_file() else "to do"
-        lines.append(f"\n{p.stage.name} ({p.stage.kind}, {done})  {p.dir}")
+        done = "done" if is_done(p.dir) else "to do"
+        lines.append(f"\n{p.stage.name} ({p.stage.kind}, {done})  {address_of(p.dir)}")
         if isinstance(p.stage, Training):
             lines += [f"  {line}" for line in describe_training(p.stage, find(p.stage.name))]
         if isinstance(p.stage, PPO):

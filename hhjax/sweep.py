@@ -9,7 +9,8 @@ from pathlib import Path
 from hhjax import launch
 from hhjax.experiment import Placed, Run, place
 from hhjax.fields import ConfigError
-from hhjax.flags import parse
+from hhjax.flags import Command, parse
+from hhjax.io import bucket
 from hhjax.io.rundir import why_not_done
 from hhjax.jobs import Gke, Job, Local, Slurm
 from hhjax.jobset import Pod
@@ -47,9 +48,18 @@ def run(argv: Sequence[str]) -> int:
     flags = passed_on(argv)
     if command.launch.print_config:
         return launch.run([*flags, "--only", command.launch.only])
-    placed = [(r, place(r, command.launch.out, command.launch.data_dir)) for r in command.runs]
+    with launch.at_hand(command) as command:
+        return run_here(command, options, flags)
+
+
+def run_here(command: Command, options: SweepFlags, flags: Sequence[str]) -> int:
+    placed = [(r, place(r, Path(command.launch.out), command.launch.data_dir)) for r in command.runs]
     backend, jobs = make_backend(options, flags), list_jobs(placed, command.launch.stage)
+    if options.backend == "slurm" and bucket.bucket_of(Path(command.launch.out)):
+        raise ConfigError("--backend slurm keeps its job numbers and logs in the run directories; give --out a folder that the nodes share "
+                          "(checkpoints may be in a bucket: --checkpoints)")  # fmt: skip
     if options.status:
+        bucket.bring(Path(command.launch.out), bucket.LISTED)
         print("\n".join(status_lines(placed, {job.folder: backend.whereabouts(job) for job in jobs})))
         return launch.DONE
     if command.launch.dry_run:
@@ -130,13 +140,15 @@ def schedule(jobs: list[Job], most: int, start) -> int:
             for job in ready:
                 waiting.remove(job)
                 running[job] = start(job)
-                print(f"started {job.stage} of {job.run} ({job.folder})", flush=True)
+                print(f"started {job.stage} of {job.run} ({bucket.address_of(job.folder)})", flush=True)
             for job in [j for j, process in running.items() if process.poll() is not None]:
-                code = running.pop(job).returncode
+                code, log = running.pop(job).returncode, job.folder / "console.log"
                 print(f"{'done' if code == 0 else f'FAILED ({code})'}: {job.stage} of {job.run}", flush=True)
+                if log.exists():
+                    bucket.send_file(log)
                 if code:
-                    if (log := job.folder / "console.log").exists():
-                        print(f"  see {log}", flush=True)
+                    if log.exists():
+                        print(f"  see {bucket.address_of(log)}", flush=True)
                     lost.add(job.folder)
                     first_failure = first_failure or code
             time.sleep(POLL_S)

@@ -6,6 +6,7 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 from hhjax import launch
 from hhjax.experiment import place
@@ -20,11 +21,12 @@ def run(argv: Sequence[str]) -> int:
     options = command.launch
     if options.jobs <= 1 or options.dry_run or options.print_config:
         return launch.run_command(command)
-    folders = {p.dir for r in command.runs for p in place(r, options.out, options.data_dir)}
     previous, workers = signal.signal(signal.SIGTERM, raise_stopped), []
     try:
-        workers += (Worker([*without(argv, ("--jobs",)), "--share"]) for _ in range(options.jobs))
-        return watch(workers, folders)
+        with launch.at_hand(command) as here:
+            folders = {p.dir for r in command.runs for p in place(r, Path(here.launch.out), options.data_dir)}
+            workers += (Worker([*without(argv, ("--jobs",)), "--share"]) for _ in range(options.jobs))
+            return watch(workers, folders)
     except (Stopped, KeyboardInterrupt):
         return finish(workers) or launch.PREEMPTED
     finally:
