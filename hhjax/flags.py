@@ -135,7 +135,11 @@ def changed(run: Run, changes: dict) -> Run:
 
 
 def experiment_file(argv: Sequence[str], prog: str) -> tuple[Path, list[str]]:
-    """The first argument as a file, and the rest."""
+    """The first argument as a file, and the rest. Ends the process with 0 where help is asked for without one."""
+    if argv and argv[0] in ("-h", "--help"):
+        print(f"usage: {prog} FILE [flags]\n\nFILE is an experiment file, such as experiments/pm_hh.py; its stages have flags of their own: "
+              f"`{prog} FILE --help` lists them.")  # fmt: skip
+        sys.exit(0)
     if not argv or argv[0].startswith("-"):
         raise ConfigError(f"usage: {prog} FILE [flags]; `{prog} FILE --help` lists the flags of an experiment file")
     if not Path(argv[0]).is_file() or Path(argv[0]).suffix != ".py":
