@@ -139,9 +139,19 @@ def test_the_queue_and_the_jobset_name_each_other():
     assert group["flavors"][0]["resources"] == [{"name": "google.com/tpu", "nominalQuota": 128}]
 
 
+def test_no_bucket_is_mounted_where_runs_are_at_an_address():
+    pod = jobset.Pod(topology="v5p:2x2x1", image="i")
+    with pytest.raises(ConfigError, match="--bucket is needed to run on GKE, unless --out is an address"):
+        jobset.jobset("n", ["hhjax", "run", "f.py", "--out", "/runs"], pod)
+    made = jobset.jobset("n", ["hhjax", "run", "f.py", "--out", "gs://bucket/runs"], pod)
+    job = made["spec"]["replicatedJobs"][0]["template"]["spec"]
+    assert conforms(made, JOBSET) and "volumes" not in job["template"]["spec"] and "/runs/cache" not in str(made)
+    assert job["template"]["metadata"]["annotations"] == {"gke-gcsfuse/volumes": "false"}
+
+
 def test_slices_that_gke_does_not_have_are_refused():
-    for topology in ("h200:8", "v5p:1x1x1"):
-        with pytest.raises(ConfigError, match="no TPU slice of whole machines"):
+    for topology, message in (("h200:8", "no TPU slice of whole machines"), ("v5p:1x1x1", "there is no such slice")):
+        with pytest.raises(ConfigError, match=message):
             jobset.jobset("n", ["x"], jobset.Pod(topology=topology, image="i", bucket="b"))
 
 
