@@ -361,6 +361,7 @@ def test_preflight_finds_what_is_wrong(tmp_path):
     said = shown(*preflight, "--devices", "4", "--mesh", "1,2,2", "--out", tmp_path / "runs", **env)
     assert re.findall(r"^(ok|FAILED) +(\w+)", said, re.MULTILINE) == [("ok", n) for n in ("devices", "mesh", "storage", "collective", "training")]
     assert "losses 0.6931" in said and not list((tmp_path / "runs").iterdir())
+    assert re.search(r"ok +storage .*memory://bucket/runs", shown(*preflight, "--out", "memory://bucket/runs", **env))
     assert "4 devices, 8 were expected" in shown(*preflight, "--devices", "8", code=2, **env)
     assert "FAILED mesh" in shown(*preflight, "--mesh", "3,1,1", code=2, **env)
     (tmp_path / "file").touch()
