@@ -152,9 +152,9 @@ def run_stage(command: Command, run: Run, placed: Placed, should_stop: Callable[
             bucket.bring(each)
         if writes:
             point_to_checkpoints(folder, command.launch.checkpoints)
-        tell(f"{run.full_name}: {stage.name} in {address_of(folder)}")
         if agreed(is_done(folder)):  # by the process that was waited for
             return
+        tell(f"{run.full_name}: {stage.name} in {address_of(folder)}")
         if first_process():
             write_start(folder, full_config(command, run, placed), command.file, *provenance(command))
             write_event(folder, "start", host=socket.gethostname(), pid=os.getpid())

@@ -58,11 +58,12 @@ def watch(workers: list[Worker], folders: set) -> int:
 
     Returns the exit code of the first that failed, or 0.
     """
-    began, told, failed = time.monotonic(), sum(map(launch.is_done, folders)), 0
-    while not failed and any(worker.process.poll() is None for worker in workers):
+    began, told, failed, running = time.monotonic(), sum(map(launch.is_done, folders)), 0, True
+    while running and not failed:
         time.sleep(POLL_S)
         failed = next((w.process.returncode for w in workers if w.process.poll()), 0)
-        done = sum(map(launch.is_done, folders))
+        running = any(worker.process.poll() is None for worker in workers)
+        done = sum(launch.is_done(folder, at_once=not running) for folder in folders)
         if done > told:
             print(f"-- {done} of {len(folders)} stages done after {clock(time.monotonic() - began)}", flush=True)
         told = done

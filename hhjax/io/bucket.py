@@ -72,9 +72,11 @@ class Bucket:
                 self.files.pipe({self.at(p): p.read_bytes() for p in part})
         self.sent |= changed
 
-    def is_done(self, folder: Path) -> bool:
-        """Whether there is DONE; the folder is then brought here, if it was not. A bucket that said no is asked again after ASK_S."""
-        if not (folder / "DONE").is_file() and time.monotonic() - self.asked.get(folder, -ASK_S) >= ASK_S:
+    def is_done(self, folder: Path, at_once: bool = False) -> bool:
+        """Whether there is DONE; the folder is then brought here, if it was not. A bucket that said no is asked again after ASK_S,
+        or at once."""
+        due = at_once or time.monotonic() - self.asked.get(folder, -ASK_S) >= ASK_S
+        if due and not (folder / "DONE").is_file():
             self.asked[folder] = time.monotonic()
             if self.files.exists(self.at(folder / "DONE")):
                 self.bring(folder)
@@ -186,10 +188,10 @@ def folder_of(address: str) -> Path:
     return Path(address)
 
 
-def is_done(folder: Path) -> bool:
-    """Whether a stage is done; where it is done in a bucket, its folder is here afterwards."""
+def is_done(folder: Path, at_once: bool = False) -> bool:
+    """Whether a stage is done; where it is done in a bucket, its folder is here afterwards. at_once: also if it was asked just now."""
     bucket = bucket_of(folder)
-    return bucket.is_done(folder) if bucket else (folder / "DONE").is_file()
+    return bucket.is_done(folder, at_once) if bucket else (folder / "DONE").is_file()
 
 
 def bring(path: Path, names: Collection[str] = ()) -> None:
