@@ -114,4 +114,10 @@ def parse_topology(text: str) -> Topology:
     shape = tuple(int(n) for n in size.split("x")) if re.fullmatch(r"\d+(x\d+)*", size) and mark == ":" else ()
     if len(shape) != (chip.axes or 1) or 0 in shape:
         raise ConfigError(f"topology {text!r}: give {kind}:{'x'.join('4' * (chip.axes or 1))}, {chip.axes or 1} numbers of chips")
+    # docs.cloud.google.com/kubernetes-engine/docs/concepts/plan-tpus: larger slices of a 3D torus are of whole cubes, smallest side first.
+    cubes = chip.axes == 3 and all(n % 4 == 0 for n in shape) and list(shape) == sorted(shape)
+    if chip.axes and shape not in SHAPES[chip.axes] and not cubes:
+        known = ", ".join("x".join(map(str, s)) for s in SHAPES[chip.axes])
+        more = ", or multiples of 4, smallest first" if chip.axes == 3 else ""
+        raise ConfigError(f"topology {text!r}: there is no such slice; choose {kind}:SHAPE of {known}{more}")
     return Topology(kind, shape)

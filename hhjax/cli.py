@@ -1,4 +1,4 @@
-"""The `hhjax` command: run, sweep, plan, ls, show, chat, check-data, tokenizer train, bench."""
+"""The `hhjax` command: run, sweep, plan, ls, show, chat, fetch, check-data, tokenizer train, bench."""
 
 import json
 import logging
@@ -10,6 +10,7 @@ from pathlib import Path
 
 import tyro
 
+from hhjax.io.bucket import LISTED, reading_copy
 from hhjax.io.metrics import clock, read_events, read_rows
 from hhjax.io.rundir import list_runs, read_state
 from hhjax.process import collect_rarely, keep_compiled, tell_stacks, use_huge_pages
@@ -24,6 +25,7 @@ USAGE = """usage: hhjax COMMAND
   ls [OUT]              list the run directories
   show RUN [--samples]  a run's config and metrics, and rows of its data as text; PPO's replies beside the first ones
   chat RUN              talk to a trained model
+  fetch ADDRESS FOLDER  copy run directories from a bucket, checkpoints aside, to draw figures from
   check-data PATH       report the malformed rows of comparison files
   tokenizer train       train a SentencePiece tokenizer on text
   bench WHAT            ceiling (what this machine's matrix products reach), lm, pm, generate, score, ppo: seconds, rates, shares of that"""
@@ -80,17 +82,23 @@ def plan(argv: Sequence[str]) -> int:
 class Ls:
     """List the run directories under OUT: state, step, main metric, and how long ago the last sign of life was."""
 
-    out: Positional[Path] = Path("runs")
+    out: Positional[str] = "runs"
+    """A folder, or gs://BUCKET/PREFIX."""
 
 
 def ls(argv: Sequence[str]) -> int:
     args = tyro.cli(Ls, args=argv, prog="hhjax ls")
-    states = list_runs(args.out)
+    with reading_copy(args.out, LISTED) as out:
+        return list_states(out, args.out)
+
+
+def list_states(out: Path, shown_as: str) -> int:
+    states = list_runs(out)
     rows = [("run", "stage", "state", "step", "metric", "age", "made by")]
     for s in states:
         step = "" if s.step is None else str(s.step)
-        rows.append((str(s.dir.relative_to(args.out)), s.name, s.state, step, s.metric, clock(s.age_s), s.made_by))
-    print(table(rows) if states else f"no runs under {args.out}")
+        rows.append((str(s.dir.relative_to(out)), s.name, s.state, step, s.metric, clock(s.age_s), s.made_by))
+    print(table(rows) if states else f"no runs under {shown_as}")
     return 0
 
 
@@ -98,18 +106,23 @@ def ls(argv: Sequence[str]) -> int:
 class Show:
     """Show a run: its config, its last metrics, and with --samples the first rows that it was given."""
 
-    run: Positional[Path]
+    run: Positional[str]
+    """A run directory, here or at gs://BUCKET/PREFIX/KIND/NAME."""
     samples: bool = False
 
 
 def show(argv: Sequence[str]) -> int:
     args = tyro.cli(Show, args=argv, prog="hhjax show")
-    folder = args.run
+    with reading_copy(args.run) as folder:
+        return show_run(folder, args)
+
+
+def show_run(folder: Path, args: Show) -> int:
     if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"{folder} is no run directory: it holds no config.json; `hhjax ls` lists them")
+        raise FileNotFoundError(f"{args.run} is no run directory: it holds no config.json; `hhjax ls` lists them")
     config, state = json.loads((folder / "config.json").read_text()), read_state(folder)
     print(f"{config['kind']} {config['name']!r} of {config['experiment']} ({config['run']}): {state.state}")
-    print(f"{folder}, seed {config['seed']}, size {config['size']}, last sign of life {clock(state.age_s)} ago\n")
+    print(f"{args.run}, seed {config['seed']}, size {config['size']}, last sign of life {clock(state.age_s)} ago\n")
     print(table(sorted((k, shown(v) or "-") for k, v in flat_config(config["config"]).items())), end="\n\n")
     results = [folder / "evals" / "table.txt", folder / "report.txt"]
     texts = [metrics_table(read_rows(folder / "metrics.jsonl")), *(p.read_text() for p in results if p.is_file())]
@@ -124,8 +137,8 @@ def show(argv: Sequence[str]) -> int:
 class Chat:
     """Talk to a trained policy or language model: each line is a Human turn; an empty line ends."""
 
-    run: Positional[Path]
-    """A run directory, RUN@STEP, or a Hugging Face folder."""
+    run: Positional[str]
+    """A run directory, here or at gs://BUCKET/PREFIX/KIND/NAME, RUN@STEP, or a Hugging Face folder."""
     temperature: float = 1.0
     top_p: float = 1.0
     max_new_tokens: int = 128
@@ -133,12 +146,37 @@ class Chat:
 
 
 def chat(argv: Sequence[str]) -> int:
+    from hhjax.experiment import split_step
     from hhjax.loops.chat import talk
     from hhjax.model.generate import Sampling
 
     args = tyro.cli(Chat, args=argv, prog="hhjax chat")
     sampling = Sampling(args.max_new_tokens, args.temperature, top_p=args.top_p)
-    talk(str(args.run), sampling, args.seed)
+    address, step = split_step(args.run)
+    with reading_copy(address) as folder:
+        talk(str(folder) if step is None else f"{folder}@{step}", sampling, args.seed)
+    return 0
+
+
+@dataclass(frozen=True)
+class Fetch:
+    """Copy run directories from a bucket, checkpoints aside, to draw figures from: `scripts/plot_*.py TO/experiments/NAME.json`."""
+
+    address: Positional[str]
+    """gs://BUCKET/PREFIX of all, or gs://BUCKET/PREFIX/KIND/NAME of one."""
+    to: Positional[Path]
+    """A folder here; what it has of equal names is written over."""
+
+
+def fetch(argv: Sequence[str]) -> int:
+    from hhjax.fields import ConfigError
+    from hhjax.io import bucket
+    from hhjax.io.files import is_remote
+
+    args = tyro.cli(Fetch, args=argv, prog="hhjax fetch")
+    if not is_remote(args.address):
+        raise ConfigError(f"{args.address!r} is no address; such as gs://BUCKET/runs")
+    print(f"{bucket.fetch(args.address, args.to)} files of {args.address} in {args.to}")
     return 0
 
 
@@ -218,6 +256,7 @@ COMMANDS = {
     "ls": ls,
     "show": show,
     "chat": chat,
+    "fetch": fetch,
     "check-data": check_data,
     "tokenizer": tokenizer,
     "bench": bench,

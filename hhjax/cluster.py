@@ -78,6 +78,17 @@ def first_process() -> bool:
     return jax.process_index() == 0
 
 
+def all_agree(value: bool) -> bool:
+    """Whether it is so on every process."""
+    import jax
+
+    if jax.process_count() == 1:
+        return value
+    from jax.experimental import multihost_utils
+
+    return bool(multihost_utils.process_allgather(value).all())
+
+
 def agreed(value: bool) -> bool:
     """Process 0's value, on every process."""
     import jax

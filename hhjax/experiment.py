@@ -263,6 +263,8 @@ class PPO(Stage):
                               f"use top_k=0, top_p=1 and a positive temperature")  # fmt: skip
         self.require_positive("prompt_len", "batch_size", "steps", "epochs", "minibatches", "micro_batches", "log_every", "keep",
                               "eval_prompts")  # fmt: skip
+        if not self.kl.beta >= 0:
+            raise ConfigError(f"{self.name}.kl.beta={self.kl.beta}; it must be at least 0")
         if self.kl.target is not None and self.kl.horizon <= 0.2 * self.batch_size:
             raise ConfigError(f"{self.name}.kl.horizon={self.kl.horizon} lets one batch of {self.batch_size} move beta by more "
                               f"than itself; choose more than {0.2 * self.batch_size:.0f}")  # fmt: skip

@@ -31,8 +31,8 @@ class LaunchConfig:
     """Runs whose name matches this pattern."""
     stage: str | None = None
     """This stage alone; what it needs must be done (sweep: this stage and what it needs)."""
-    out: Path = Path("runs")
-    """Where run directories are."""
+    out: str = "runs"
+    """Where run directories are: a folder, or gs://BUCKET/PREFIX (needs gcsfs)."""
     checkpoints: str | None = None
     """Where checkpoints are, if not in the run directories: a folder, or gs://BUCKET/PREFIX (needs gcsfs)."""
     seed: int | None = None
@@ -135,7 +135,11 @@ def changed(run: Run, changes: dict) -> Run:
 
 
 def experiment_file(argv: Sequence[str], prog: str) -> tuple[Path, list[str]]:
-    """The first argument as a file, and the rest."""
+    """The first argument as a file, and the rest. Ends the process with 0 where help is asked for without one."""
+    if argv and argv[0] in ("-h", "--help"):
+        print(f"usage: {prog} FILE [flags]\n\nFILE is an experiment file, such as experiments/pm_hh.py; its stages have flags of their own: "
+              f"`{prog} FILE --help` lists them.")  # fmt: skip
+        sys.exit(0)
     if not argv or argv[0].startswith("-"):
         raise ConfigError(f"usage: {prog} FILE [flags]; `{prog} FILE --help` lists the flags of an experiment file")
     if not Path(argv[0]).is_file() or Path(argv[0]).suffix != ".py":

@@ -2,17 +2,19 @@
 
 import glob
 import json
+import re
 import shlex
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 from hhjax.fields import ConfigError
 from hhjax.io.files import write_atomically
-from hhjax.jobset import Pod, jobset, to_yaml
+from hhjax.jobset import Pod, jobset, slice_of, slices, to_yaml
 
 
 class Job(NamedTuple):
@@ -38,6 +40,10 @@ class Local:
 
     def __init__(self, flags: Sequence[str]):
         self.flags = flags
+
+    def devices(self, job: Job) -> tuple[int, str] | None:
+        """How many devices a job gets, and of what; None where that is not known before it starts."""
+        return None
 
     def shown(self, job: Job, after: Sequence[str]) -> str:
         """What would be started; after: names of the jobs it would wait for."""
@@ -66,6 +72,12 @@ class Slurm:
         self.flags, self.options, self.script = flags, shlex.split(options), script
         if not script.is_file():
             raise ConfigError(f"--script {script} is no file; give a copy of scripts/slurm_sweep.sbatch")
+
+    def devices(self, job: Job) -> tuple[int, str] | None:
+        """The GPUs of all nodes, by the options and the script's own; None where they name no number of GPUs a node."""
+        found = batch_options([*re.findall(r"^#SBATCH +(\S.*)$", self.script.read_text(), re.MULTILINE), *self.options])
+        nodes, gpus = found.get("nodes", "1"), found.get("gpus-per-node", found.get("gres", "")).rpartition(":")[2]
+        return (int(nodes) * int(gpus), f"{nodes} nodes of {gpus} GPUs") if nodes.isdigit() and gpus.isdigit() else None
 
     def argv(self, job: Job, after: Sequence[str]) -> list[str]:
         # A dependency that failed would leave the job waiting for ever.
@@ -113,8 +125,17 @@ class Gke:
     def __init__(self, flags: Sequence[str], pod: Pod):
         self.flags, self.pod = flags, pod
 
+    def pod_of(self, job: Job) -> Pod:
+        """With the slice of the job's stage, or kind of stage, where --topology names one for it."""
+        default, others = slices(self.pod.topology)
+        return replace(self.pod, topology=others.get(job.stage, others.get(job.folder.parent.name, default)))
+
+    def devices(self, job: Job) -> tuple[int, str] | None:
+        topology = slice_of(self.pod_of(job))
+        return topology.devices, topology.name
+
     def manifest(self, job: Job) -> str:
-        return to_yaml(jobset(job.name, job.command(self.flags), self.pod))
+        return to_yaml(jobset(job.name, job.command(self.flags), self.pod_of(job)))
 
     def shown(self, job: Job, after: Sequence[str]) -> str:
         waits = f" once {' and '.join(after)} succeeded" if after else ""
@@ -167,6 +188,18 @@ class Watched:
 
     def wait(self) -> None:
         pass
+
+
+def batch_options(words: Sequence[str]) -> dict[str, str]:
+    """Options of sbatch by their long names, the last of each: --nodes=2, --nodes 2, -N 2 and -N2 are the same."""
+    found, words = {}, [word for line in words for word in shlex.split(line, comments=True)]
+    for word, after in zip(words, [*words[1:], ""]):
+        name, equals, value = word.partition("=")
+        if name.startswith("--"):
+            found[name[2:]] = value if equals else after
+        elif word.startswith("-N"):
+            found["nodes"] = word[2:] or after
+    return found
 
 
 def said(argv: Sequence[str], stdin: str = "", or_none: str = "") -> str:

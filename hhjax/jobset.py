@@ -8,6 +8,7 @@ kueue.sigs.k8s.io/docs/reference/kueue.v1beta1, docs.cloud.google.com/kubernetes
 """
 
 import math
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -34,11 +35,11 @@ class Pod:
     """Where jobs run on a GKE cluster."""
 
     topology: str = ""
-    """The slice of each job, such as v5p:4x4x4."""
+    """The slice of each job, such as v5p:4x4x4; sweep: and of stages, or kinds of them, that get another: v5p:4x4x4,tok=v5p:2x2x1."""
     image: str = ""
     """The container image that tpu/Dockerfile made."""
     bucket: str = ""
-    """The Cloud Storage bucket that is mounted at /runs."""
+    """The Cloud Storage bucket that is mounted at /runs; not needed where --out is gs://BUCKET/PREFIX."""
     data: str = ""
     """The data folder in the pods, such as /runs/data on the bucket, with the files that this machine sees."""
     queue: str = "hhjax"
@@ -58,6 +59,14 @@ def chips_per_host(topology: Topology) -> int:
     return 4
 
 
+def slices(text: str) -> tuple[str, dict[str, str]]:
+    """`v5p:4x4x4,tok=v5p:2x2x1` -> ("v5p:4x4x4", {"tok": "v5p:2x2x1"}). Raises ConfigError where the first has a name, or another none."""
+    first, *others = text.split(",")
+    if "=" in first or not all("=" in each for each in others):
+        raise ConfigError(f"--topology {text!r}; give the slice of most jobs first, then STAGE=SLICE of others: v5p:4x4x4,tok=v5p:2x2x1")
+    return first, dict(each.strip().split("=", 1) for each in others)
+
+
 def slice_of(pod: Pod) -> Topology:
     """The pod's topology. Raises ConfigError where GKE has no such slices."""
     topology = parse_topology(pod.topology)
@@ -72,19 +81,20 @@ def jobset(name: str, command: Sequence[str], pod: Pod) -> dict:
     A pod that fails ends its job, and all start again, since hosts go on from a checkpoint together; except after NEVER_AGAIN.
     Raises ConfigError on an incomplete `pod`.
     """
-    for field in ("image", "bucket"):
-        if not getattr(pod, field):
-            raise ConfigError(f"--{field} is needed to run on GKE")
+    if not pod.image:
+        raise ConfigError("--image is needed to run on GKE")
+    if not pod.bucket and not re.search(r" --out[= ]\w+://", " ".join(command)):
+        raise ConfigError("--bucket is needed to run on GKE, unless --out is an address such as gs://BUCKET/runs")
     topology = slice_of(pod)
     hosts = topology.chips // chips_per_host(topology)
     container = {
         "name": CONTAINER,
         "image": pod.image,
         "command": ["tpu/env.sh", topology.kind, *command],
-        "env": [{"name": name, "value": value} for name, value in (("HHJAX_CACHE", f"{MOUNT}/cache"), ("HHJAX_DATA", pod.data)) if value],
+        "env": [{"name": name, "value": value} for name, value in
+                (("HHJAX_CACHE", f"{MOUNT}/cache" if pod.bucket else ""), ("HHJAX_DATA", pod.data)) if value],
         "ports": [{"containerPort": 8471}, {"containerPort": 8080}],
         "resources": {"limits": {"google.com/tpu": chips_per_host(topology)}},
-        "volumeMounts": [{"name": "runs", "mountPath": MOUNT}],
     }
     bucket = {  # without a cache: hosts must see each other's files
         "driver": "gcsfuse.csi.storage.gke.io",
@@ -99,8 +109,10 @@ def jobset(name: str, command: Sequence[str], pod: Pod) -> dict:
             "cloud.google.com/gke-tpu-topology": "x".join(map(str, topology.shape)),
         },
         "containers": [container],
-        "volumes": [{"name": "runs", "csi": bucket}],
     }
+    if pod.bucket:
+        container["volumeMounts"] = [{"name": "runs", "mountPath": MOUNT}]
+        pod_spec["volumes"] = [{"name": "runs", "csi": bucket}]
     job_spec = {
         "parallelism": hosts,
         "completions": hosts,
@@ -109,7 +121,7 @@ def jobset(name: str, command: Sequence[str], pod: Pod) -> dict:
         "podFailurePolicy": {
             "rules": [{"action": "FailJob", "onExitCodes": {"containerName": CONTAINER, "operator": "In", "values": NEVER_AGAIN}}]
         },
-        "template": {"metadata": {"annotations": {"gke-gcsfuse/volumes": "true"}}, "spec": pod_spec},
+        "template": {"metadata": {"annotations": {"gke-gcsfuse/volumes": str(bool(pod.bucket)).lower()}}, "spec": pod_spec},
     }
     return {
         "apiVersion": "jobset.x-k8s.io/v1alpha2",

@@ -13,15 +13,17 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from hhjax.cluster import agreed, first_process, is_one_of_many, join_cluster
 from hhjax.experiment import Diverged, Placed, Preempted, Run, StageContext, place, read_config, split_step
 from hhjax.fields import ConfigError
 from hhjax.flags import Command, modules_beside, parse
-from hhjax.io.files import POINTER, write_atomically
-from hhjax.io.lock import Held, hold_lock, read_lock
+from hhjax.io import bucket
+from hhjax.io.bucket import address_of, is_done
+from hhjax.io.files import POINTER, is_remote, write_atomically
+from hhjax.io.lock import Held, read_lock
 from hhjax.io.metrics import read_events, write_event
 from hhjax.io.rundir import write_start
 
@@ -53,6 +55,18 @@ def run(argv: Sequence[str]) -> int:
 
 def run_command(command: Command) -> int:
     """The same, of a parsed command line."""
+    with at_hand(command) as command:
+        return run_here(command)
+
+
+@contextlib.contextmanager
+def at_hand(command: Command) -> Iterator[Command]:
+    """The command with a folder of this machine as `out`: where that is an address, one for working copies."""
+    with bucket.working_copy(command.launch.out) as out:
+        yield command._replace(launch=dataclasses.replace(command.launch, out=str(out)))
+
+
+def run_here(command: Command) -> int:
     launch = command.launch
     if launch.print_config:
         print(json.dumps({r.full_name: shown_config(r, launch) for r in command.runs}, indent=1))
@@ -60,11 +74,13 @@ def run_command(command: Command) -> int:
     if launch.dry_run:
         from hhjax import plan
 
-        print("\n\n".join(plan.describe(r, launch.out, launch.data_dir) for r in command.runs))
+        print("\n\n".join(plan.describe(r, Path(launch.out), launch.data_dir) for r in command.runs))
         return DONE
     should_stop = join_cluster(launch.heartbeat_timeout_s)
-    placed = [(r, place(r, launch.out, launch.data_dir)) for r in command.runs]
-    if launch.stage is None and first_process():
+    placed = [(r, place(r, Path(launch.out), launch.data_dir)) for r in command.runs]
+    for each, stages in placed:
+        chosen_stages(each, stages, launch.stage)
+    if first_process():
         write_index(command, placed)
     if launch.share:
         share_stages(command, placed, should_stop)
@@ -121,23 +137,28 @@ def run_stage(command: Command, run: Run, placed: Placed, should_stop: Callable[
     """
     stage, folder = placed.stage, placed.dir
     if agreed(is_done(folder)):
-        tell(f"{run.full_name}: {stage.name} is done ({folder})")
+        tell(f"{run.full_name}: {stage.name} is done ({address_of(folder)})")
         return
     for ref, parent in placed.parents.items():
         is_stage = split_step(ref)[0] in placed.after or "id" in read_config(parent)
         # Others may see process 0's files late, so each asks, whatever it sees: a collective is for all.
         if not agreed(is_done(Path(parent)) or not is_stage):
-            raise ConfigError(f"{stage.name} needs {ref!r}, which is not done ({parent}); run it first")
-    if first_process():
+            raise ConfigError(f"{stage.name} needs {ref!r}, which is not done ({address_of(Path(parent))}); run it first")
+    writes = first_process() or bucket.bucket_of(folder)  # of a copy every host has its own
+    if writes:
         folder.mkdir(parents=True, exist_ok=True)
-        point_to_checkpoints(folder, command.launch.checkpoints)
-    with locked(folder, should_stop, wait):
-        tell(f"{run.full_name}: {stage.name} in {folder}")
+    with locked(folder, should_stop, wait), sent(folder):
+        for each in (folder, *map(Path, placed.parents.values())):
+            bucket.bring(each)
+        if writes:
+            point_to_checkpoints(folder, command.launch.checkpoints)
         if agreed(is_done(folder)):  # by the process that was waited for
             return
+        tell(f"{run.full_name}: {stage.name} in {address_of(folder)}")
         if first_process():
             write_start(folder, full_config(command, run, placed), command.file, *provenance(command))
             write_event(folder, "start", host=socket.gethostname(), pid=os.getpid())
+            bucket.send(folder)
         try:
             find_loop(stage.kind)(stage, context(command, run, placed, should_stop))
         except Diverged:
@@ -156,11 +177,16 @@ def run_stage(command: Command, run: Run, placed: Placed, should_stop: Callable[
 
 
 def point_to_checkpoints(folder: Path, root: str | None) -> None:
-    """Says in a new run directory that its checkpoints are under `root`. Raises ConfigError where they are elsewhere already."""
-    if not root:
+    """Says in a new run directory that its checkpoints are under `root`, or in the bucket that the folder is a copy of. Raises
+    ConfigError where they are elsewhere already."""
+    pointer, own = folder / POINTER, folder / "checkpoints"
+    if root:
+        root = root.rstrip("/") if is_remote(root) else str(Path(root).absolute())
+        at = f"{root}/{folder.parent.name}/{folder.name}"
+    elif bucket.bucket_of(folder) and not pointer.is_file():
+        at = f"{address_of(folder).removeprefix('file://')}/checkpoints"  # of a folder, which Orbax knows by its path
+    else:
         return
-    root = root.rstrip("/") if "://" in root else str(Path(root).absolute())
-    at, pointer, own = f"{root}/{folder.parent.name}/{folder.name}", folder / POINTER, folder / "checkpoints"
     known = pointer.read_text() if pointer.is_file() else str(own) if own.exists() else at
     if known != at:
         raise ConfigError(f"{folder} has its checkpoints in {known}, not in {at}; leave --checkpoints out, or move them")
@@ -199,11 +225,11 @@ def context(command: Command, run: Run, placed: Placed, should_stop: Callable[[]
         dir=placed.dir,
         seed=placed.seed,
         parents=placed.parents,
-        parent_stages={ref: read_config(folder) for ref, folder in placed.parents.items()},
+        parent_stages={ref: config_at_hand(folder) for ref, folder in placed.parents.items()},
         data_dir=command.launch.data_dir,
         experiment=run.experiment.name,
         run=run.name,
-        out=command.launch.out,
+        out=Path(command.launch.out),
         fast=command.launch.fast,
         should_stop=should_stop,
     )
@@ -216,8 +242,10 @@ def chosen_stages(run: Run, placed: Sequence[Placed], name: str | None) -> list[
     return [p for p in placed if name in (None, p.stage.name)]
 
 
-def is_done(folder: Path) -> bool:
-    return (folder / "DONE").is_file()
+def config_at_hand(folder: Path) -> dict:
+    """config.json of a parent, whose own parents are named by where they are on this machine."""
+    config = read_config(folder)
+    return config | ({"parents": {ref: str(bucket.folder_of(at)) for ref, at in config["parents"].items()}} if "parents" in config else {})
 
 
 # What is written ------------------------------------------------------------------------------------------------------
@@ -233,7 +261,7 @@ def full_config(command: Command, run: Run, placed: Placed) -> dict:
         "seed": placed.seed,
         "experiment": run.experiment.name,
         "run": run.name,
-        "parents": {ref: str(folder) for ref, folder in placed.parents.items()},
+        "parents": {ref: address_of(Path(folder)) if not is_remote(folder) else folder for ref, folder in placed.parents.items()},
         "config": plain(placed.stage),
         "identity": placed.identity,
     }
@@ -252,20 +280,26 @@ def plain(value):
 
 def shown_config(run: Run, launch) -> dict:
     """Stage -> folder and fields, for --print-config."""
-    stages = place(run, launch.out, launch.data_dir)
-    return {p.stage.name: {"dir": str(p.dir), "seed": p.seed, **plain(p.stage)} for p in stages}
+    stages = place(run, Path(launch.out), launch.data_dir)
+    return {p.stage.name: {"dir": address_of(p.dir), "seed": p.seed, **plain(p.stage)} for p in stages}
 
 
 def write_index(command: Command, placed: Sequence[tuple[Run, Sequence[Placed]]]) -> None:
-    """OUT/experiments/<experiment>.json: run -> stage -> folder below OUT; runs of other commands stay in it."""
-    out = command.launch.out
+    """OUT/experiments/<experiment>.json: run -> stage -> folder below OUT; runs of other commands stay in it.
+
+    One that says so already is left alone: the jobs of a sweep, which begin side by side, would write over each other.
+    """
+    out = Path(command.launch.out)
     for name in {r.experiment.name for r in command.runs}:
         path = out / "experiments" / f"{name}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
+        bucket.bring(path)
         known = json.loads(path.read_text())["runs"] if path.is_file() else {}
         ours = [(run, stages) for run, stages in placed if run.experiment.name == name]
-        known |= {run.name: {p.stage.name: str(p.dir.relative_to(out)) for p in stages} for run, stages in ours}
-        write_atomically(path, json.dumps({"experiment": name, "file": str(command.file), "runs": known}, indent=1))
+        runs = known | {run.name: {p.stage.name: str(p.dir.relative_to(out)) for p in stages} for run, stages in ours}
+        if runs != known:
+            write_atomically(path, json.dumps({"experiment": name, "file": str(command.file), "runs": runs}, indent=1))
+            bucket.send_file(path)
 
 
 def provenance(command: Command):
@@ -292,17 +326,27 @@ def locked(folder: Path, should_stop: Callable[[], bool], wait: bool = True):
         while not agreed(first_process() and take(held, folder, wait)):
             if not told:
                 holder, told = read_lock(folder / "LOCK"), True
-                tell(f"waiting for process {holder.get('pid')} on {holder.get('host')}, which is at {folder}")
+                tell(f"waiting for process {holder.get('pid')} on {holder.get('host')}, which is at {address_of(folder)}")
             if should_stop():
-                raise Preempted(f"told to stop while waiting for {folder}")
+                raise Preempted(f"told to stop while waiting for {address_of(folder)}")
             time.sleep(WAIT_S)
         yield
+
+
+@contextlib.contextmanager
+def sent(folder: Path):
+    """However the block ends, what it left in the folder goes to the bucket that it is a copy of."""
+    try:
+        yield
+    finally:
+        if first_process():
+            bucket.send(folder)
 
 
 def take(held: contextlib.ExitStack, folder: Path, wait: bool) -> bool:
     """Whether the folder's LOCK is now this process's, until `held` ends. Raises Held where it is not, unless wait."""
     try:
-        held.enter_context(hold_lock(folder))
+        held.enter_context(bucket.hold_lock(folder))
     except Held:
         if not wait:
             raise

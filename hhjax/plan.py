@@ -1,5 +1,6 @@
 """--dry-run: what a run would do, without allocating it: shapes, parameters, shardings, tokens, FLOPs, memory."""
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
@@ -8,8 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from hhjax import roofline
+from hhjax.data.packing import MOST, STEP
 from hhjax.data.tokenizer import load_tokenizer
 from hhjax.experiment import DEFAULT_SIZE, PM, PPO, Run, Stage, Tokenizer, Training, place, split_step
+from hhjax.io.bucket import address_of, is_done
 from hhjax.io.models import open_model
 from hhjax.loops.rlhf import iteration_flops, ppo_optimizer, ppo_shardings, roles
 from hhjax.model.sizes import matmul_params, model_config
@@ -17,7 +20,12 @@ from hhjax.model.transformer import ModelConfig, make_model
 from hhjax.sharding import batch_ways, check_batch, make_mesh, param_shardings
 from hhjax.train.state import init_state, make_optimizer, state_shardings
 from hhjax.train.step import make_train_step, shard_step
-from hhjax.types import Pairs, Tokens
+from hhjax.types import PackedPairs, Pairs, Tokens
+
+# Pairs of helpful-base and harmless-base (3,694, in 8,192 pieces), which stand for a PM's own, since no data is read here. At a seq_len
+# of 256, 512 and 1,024 PackedSource gives them rows of 512, 768 and 1,280 tokens, a pair 193, 228 and 234 tokens (the long ones have lost
+# the start of their prompts), and fills 0.93 of as many rows as a batch of 32 needs, before that number is made to divide by the mesh.
+HH_PAIR, HH_SHORT, HH_REPLY, HH_FILLED = 234, 0.75, 256, 0.93
 
 
 def describe(run: Run, out: Path, data_dir: Path | None = None) -> str:
@@ -30,8 +38,8 @@ def describe(run: Run, out: Path, data_dir: Path | None = None) -> str:
     find = architectures({p.stage.name: p.stage for p in placed}, folders.__getitem__)
     lines = [f"run {run.name}"]
     for p in placed:
-        done = "done" if (p.dir / "DONE").is_file() else "to do"
-        lines.append(f"\n{p.stage.name} ({p.stage.kind}, {done})  {p.dir}")
+        done = "done" if is_done(p.dir) else "to do"
+        lines.append(f"\n{p.stage.name} ({p.stage.kind}, {done})  {address_of(p.dir)}")
         if isinstance(p.stage, Training):
             lines += [f"  {line}" for line in describe_training(p.stage, find(p.stage.name))]
         if isinstance(p.stage, PPO):
@@ -55,9 +63,11 @@ def describe_training(stage: Training, cfg: ModelConfig) -> Iterator[str]:
     for (path, leaf), sharding in zip(jax.tree_util.tree_leaves_with_path(shapes), jax.tree.leaves(shardings.params)):
         name = "/".join(str(k.key) for k in path)
         yield f"  {name:<24}{str(leaf.shape):<24}{str(leaf.dtype):<10}{sharding.spec}"
-    rows, flops = update_work(stage, cfg)
-    what = f"{stage.batch_size} pairs" if isinstance(stage, PM) else f"{rows} rows"
-    yield f"batch     {what} of at most {stage.seq_len} tokens: {rows * stage.seq_len:,} positions, {batch_ways(mesh)} ways"
+    (rows, width), flops = update_work(stage, cfg, batch_ways(mesh))
+    what = f"{rows} rows of {'at most ' if rows == stage.batch_size else ''}{width} tokens"
+    if isinstance(stage, PM):
+        what = f"{stage.batch_size} pairs in {rows} rows of {width} tokens{', if they are as long as those of HH' if stage.packed else ''}"
+    yield f"batch     {what}: {rows * width:,} positions, {batch_ways(mesh)} ways"
     length = f"{stage.steps:,} updates" if stage.steps else f"{stage.epochs:g} epochs"
     yield f"length    {length}; {flops:.3g} FLOPs an update" + (f", {flops * stage.steps:.3g} in all" if stage.steps else "")
     yield f"state     {bytes_per_device(state, shardings) / 2**20:,.1f} MiB a device (f32 weights and two moments)"
@@ -65,21 +75,44 @@ def describe_training(stage: Training, cfg: ModelConfig) -> Iterator[str]:
     yield f"compiled  {memory.temp_size_in_bytes / 2**20:,.1f} MiB of temporaries a device, besides the state"
 
 
-def update_work(stage: Training, cfg: ModelConfig) -> tuple[int, float]:
-    """Rows and model FLOPs of an update at full width; a pair counts as two rows of its own."""
+def update_work(stage: Training, cfg: ModelConfig, ways: int) -> tuple[tuple[int, int], float]:
+    """(rows, width) of an update's batch, the widest that there is, and its model FLOPs. ways: how many shards the batch has."""
+    rows, width = batch_shape(stage, ways)
     if not isinstance(stage, PM):
-        return stage.batch_size, roofline.lm_step_flops(cfg, stage.batch_size, stage.seq_len)
-    logits = stage.batch_size if getattr(stage.loss, "lm_coef", 0.0) else 0
-    return 2 * stage.batch_size, roofline.pm_step_flops(cfg, 2 * stage.batch_size, stage.seq_len, logits)
+        return (rows, width), roofline.lm_step_flops(cfg, rows, width)
+    logits = (rows if stage.packed else stage.batch_size) if getattr(stage.loss, "lm_coef", 0.0) else 0
+    return (rows, width), roofline.pm_step_flops(cfg, rows, width, logits)
+
+
+def batch_shape(stage: Training, ways: int) -> tuple[int, int]:
+    """(rows, width) of all that an update reads: of a PM both rows of every pair, or what `PackedSource` would make of pairs like HH's."""
+    if not isinstance(stage, PM):
+        return stage.batch_size, stage.seq_len
+    if not stage.packed:
+        return 2 * stage.batch_size, stage.seq_len
+    width = -(-min(2 * stage.seq_len, stage.seq_len + HH_REPLY) // STEP) * STEP
+    tokens, multiple = stage.batch_size * min(HH_PAIR, HH_SHORT * stage.seq_len), ways * stage.micro_batches
+    return math.ceil(tokens / (HH_FILLED * width) / multiple) * multiple, width
 
 
 def lower_update(stage: Training, model, optimizer, shardings, mesh):
     """The stage's update at its widest batch, as `loops/supervised.py` jits it, traced and lowered for the mesh's devices."""
     state = jax.eval_shape(lambda k: init_state(model.init(k), optimizer, k), jax.random.key(0))
-    tokens = token_shapes(stage.batch_size, stage.seq_len)
-    batch = Pairs(tokens, tokens, jax.ShapeDtypeStruct((stage.batch_size,), jnp.float32)) if isinstance(stage, PM) else tokens
     step = make_train_step(stage.objective(model, stage.loss), optimizer, stage.micro_batches)
-    return shard_step(step, shardings, mesh).lower(state, batch)
+    return shard_step(step, shardings, mesh).lower(state, batch_shapes(stage, batch_ways(mesh)))
+
+
+def batch_shapes(stage: Training, ways: int) -> Tokens | Pairs | PackedPairs:
+    """The batch of an update, without its numbers."""
+    rows, width = batch_shape(stage, ways)
+    if not isinstance(stage, PM):
+        return token_shapes(rows, width)
+    if not stage.packed:
+        tokens = token_shapes(stage.batch_size, width)
+        return Pairs(tokens, tokens, jax.ShapeDtypeStruct((stage.batch_size,), jnp.float32))
+    tokens, pairs = jax.ShapeDtypeStruct((rows, width), jnp.int32), (rows, min(MOST, stage.batch_size))
+    ends, weight = jax.ShapeDtypeStruct((*pairs, 2), jnp.int32), jax.ShapeDtypeStruct(pairs, jnp.float32)
+    return PackedPairs(tokens, tokens, tokens, tokens, ends, weight)
 
 
 def token_shapes(rows: int, width: int) -> Tokens:

@@ -165,18 +165,19 @@ def steps_of(run: Run, only: str | None = None) -> Iterator[Step]:
 
 def estimate(step: Step, topology: Topology, limit_s: float = 1800.0) -> Estimate:
     """Compiled for TPUs, in limit_s at most; by formula for GPUs. Raises ConfigError on a mesh or batch that the run would refuse."""
-    positions, work = work_of(step)
+    sizes = mesh_sizes(step.stage.mesh, topology.devices)
+    positions, work = work_of(step, sizes[0] * sizes[1])
     if not topology.chip.axes:
         return formula(step, topology, positions, work)
     found = compile_for_tpu(lower, step, topology.name, limit_s=limit_s)
     return read(step, topology, found, positions, work)
 
 
-def work_of(step: Step) -> tuple[int, float]:
-    """Token positions of a step, and its model FLOPs at full length."""
+def work_of(step: Step, ways: int) -> tuple[int, float]:
+    """Token positions of a step, and its model FLOPs at full length. ways: how many shards a batch has."""
     if step.phase == "update" and isinstance(step.stage, Training):
-        rows, flops = update_work(step.stage, step.configs["model"])
-        return rows * step.stage.seq_len, flops
+        (rows, width), flops = update_work(step.stage, step.configs["model"], ways)
+        return rows * width, flops
     width = step.stage.prompt_len + step.stage.sampling.max_new_tokens
     return step.stage.batch_size * width, phase_flops(step.stage, step.configs)[step.phase]
 

@@ -2,17 +2,19 @@
 
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
 from hhjax import launch
-from hhjax.experiment import Placed, Run, place
-from hhjax.fields import ConfigError
-from hhjax.flags import parse
+from hhjax.experiment import Placed, Run, Stage, place
+from hhjax.fields import ConfigError, names_in
+from hhjax.flags import Command, parse
+from hhjax.io import bucket
 from hhjax.io.rundir import why_not_done
 from hhjax.jobs import Gke, Job, Local, Slurm
-from hhjax.jobset import Pod
+from hhjax.jobset import Pod, slices
+from hhjax.sharding import mesh_sizes
 
 POLL_S = 0.2
 BACKENDS = ("local", "slurm", "gke")
@@ -47,9 +49,20 @@ def run(argv: Sequence[str]) -> int:
     flags = passed_on(argv)
     if command.launch.print_config:
         return launch.run([*flags, "--only", command.launch.only])
-    placed = [(r, place(r, command.launch.out, command.launch.data_dir)) for r in command.runs]
+    with launch.at_hand(command) as command:
+        return run_here(command, options, flags)
+
+
+def run_here(command: Command, options: SweepFlags, flags: Sequence[str]) -> int:
+    placed = [(r, place(r, Path(command.launch.out), command.launch.data_dir)) for r in command.runs]
     backend, jobs = make_backend(options, flags), list_jobs(placed, command.launch.stage)
+    if options.backend == "slurm" and bucket.bucket_of(Path(command.launch.out)):
+        raise ConfigError("--backend slurm keeps its job numbers and logs in the run directories; give --out a folder that the nodes share "
+                          "(checkpoints may be in a bucket: --checkpoints)")  # fmt: skip
+    if not options.status:
+        require_fit(jobs, {p.dir: p.stage for _, stages in placed for p in stages}, backend)
     if options.status:
+        bucket.bring(Path(command.launch.out), bucket.LISTED)
         print("\n".join(status_lines(placed, {job.folder: backend.whereabouts(job) for job in jobs})))
         return launch.DONE
     if command.launch.dry_run:
@@ -74,6 +87,36 @@ def make_backend(options: SweepFlags, flags: Sequence[str]):
     if options.backend == "slurm":
         return Slurm(flags, options.sbatch, options.script)
     return Gke(flags, options) if options.backend == "gke" else Local(flags)
+
+
+def require_fit(jobs: Sequence[Job], stages: Mapping[Path, Stage], backend) -> None:
+    """Raises ConfigError on a mesh that does not fill the devices of its job, or a batch that does not divide over it: what the job
+    would end with, after it has waited for its slice; and on a slice for a stage that there is not."""
+    if isinstance(backend, Gke):
+        for name in slices(backend.pod.topology)[1]:
+            names_in(name, [known for stage in stages.values() for known in (stage.name, stage.kind)])
+    for job in jobs:
+        if found := backend.devices(job):
+            check_fit(stages[job.folder], *found)
+
+
+def check_fit(stage: Stage, devices: int, where: str) -> None:
+    """`require_fit` of one stage. where: what the devices are of."""
+    for field in ("mesh", "rollout_mesh"):
+        if not (cfg := getattr(stage, field, None)):
+            continue
+        flag, here = f"--{stage.name}.{field.replace('_', '-')}", f"stage {stage.name} on {where} ({devices} devices)"
+        try:
+            data, fsdp, tensor = mesh_sizes(cfg, devices)
+        except ValueError as error:
+            raise ConfigError(f"{here}: {error}: {flag}.data, .fsdp, .tensor") from None
+        # A rollout is sampled whole; Evaluate fills its batches up.
+        parts = getattr(stage, "minibatches", 1) * getattr(stage, "micro_batches", 1) if field == "mesh" else 1
+        ways = data * fsdp * parts
+        if stage.kind != "evaluate" and stage.batch_size % ways:
+            cut = f" in {parts} parts" if parts > 1 else ""
+            raise ConfigError(f"{here}: a batch of {stage.batch_size}{cut} does not divide over the mesh data {data} x fsdp {fsdp} x tensor {tensor} = {devices}; "
+                              f"give --{stage.name}.batch-size {-(-stage.batch_size // ways) * ways}, a larger {flag}.tensor, or a smaller slice")  # fmt: skip
 
 
 def list_jobs(placed: Sequence[tuple[Run, Sequence[Placed]]], stage: str | None = None) -> list[Job]:
@@ -130,13 +173,15 @@ def schedule(jobs: list[Job], most: int, start) -> int:
             for job in ready:
                 waiting.remove(job)
                 running[job] = start(job)
-                print(f"started {job.stage} of {job.run} ({job.folder})", flush=True)
+                print(f"started {job.stage} of {job.run} ({bucket.address_of(job.folder)})", flush=True)
             for job in [j for j, process in running.items() if process.poll() is not None]:
-                code = running.pop(job).returncode
+                code, log = running.pop(job).returncode, job.folder / "console.log"
                 print(f"{'done' if code == 0 else f'FAILED ({code})'}: {job.stage} of {job.run}", flush=True)
+                if log.exists():
+                    bucket.send_file(log)
                 if code:
-                    if (log := job.folder / "console.log").exists():
-                        print(f"  see {log}", flush=True)
+                    if log.exists():
+                        print(f"  see {bucket.address_of(log)}", flush=True)
                     lost.add(job.folder)
                     first_failure = first_failure or code
             time.sleep(POLL_S)

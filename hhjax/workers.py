@@ -6,6 +6,7 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 from hhjax import launch
 from hhjax.experiment import place
@@ -20,11 +21,12 @@ def run(argv: Sequence[str]) -> int:
     options = command.launch
     if options.jobs <= 1 or options.dry_run or options.print_config:
         return launch.run_command(command)
-    folders = {p.dir for r in command.runs for p in place(r, options.out, options.data_dir)}
     previous, workers = signal.signal(signal.SIGTERM, raise_stopped), []
     try:
-        workers += (Worker([*without(argv, ("--jobs",)), "--share"]) for _ in range(options.jobs))
-        return watch(workers, folders)
+        with launch.at_hand(command) as here:
+            folders = {p.dir for r in command.runs for p in place(r, Path(here.launch.out), options.data_dir)}
+            workers += (Worker([*without(argv, ("--jobs",)), "--share"]) for _ in range(options.jobs))
+            return watch(workers, folders)
     except (Stopped, KeyboardInterrupt):
         return finish(workers) or launch.PREEMPTED
     finally:
@@ -56,11 +58,12 @@ def watch(workers: list[Worker], folders: set) -> int:
 
     Returns the exit code of the first that failed, or 0.
     """
-    began, told, failed = time.monotonic(), sum(map(launch.is_done, folders)), 0
-    while not failed and any(worker.process.poll() is None for worker in workers):
+    began, told, failed, running = time.monotonic(), sum(map(launch.is_done, folders)), 0, True
+    while running and not failed:
         time.sleep(POLL_S)
         failed = next((w.process.returncode for w in workers if w.process.poll()), 0)
-        done = sum(map(launch.is_done, folders))
+        running = any(worker.process.poll() is None for worker in workers)
+        done = sum(launch.is_done(folder, at_once=not running) for folder in folders)
         if done > told:
             print(f"-- {done} of {len(folders)} stages done after {clock(time.monotonic() - began)}", flush=True)
         told = done

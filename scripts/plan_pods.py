@@ -1,9 +1,10 @@
 """docs/pods.md: what the seven sizes need on TPU slices, planned without a TPU.
 
-    python scripts/plan_pods.py [--chips v5e,v5p,v6e] [--sizes 13M,...,52B] [--work runs/plans] [--out docs/pods.md]
+    python scripts/plan_pods.py [--chips v5e,v5p,v6e] [--sizes 13M,...,52B] [--stage pm] [--work runs/plans] [--out docs/pods.md]
 
 Plans every size of experiments/pods.py on the slice that the file gives it, a process each, and writes the tables. What is in
---work already is not planned again: remove a file of it to have it anew.
+--work already is not planned again: remove a file of it to have it anew. With --stage that stage alone is planned, and the rows of the
+others stay as they are.
 """
 
 import argparse
@@ -19,9 +20,11 @@ HEAD = """# Pods: what the paper's sizes need
 Made by `python scripts/plan_pods.py`: each row is `hhjax plan experiments/pods.py --chip CHIP --topology SLICE --only SIZE`, compiled
 by libtpu {libtpu} and jax {jax} on a machine without a TPU. **Nothing here was measured on a TPU.**
 
-- Stages: a PM of 160,800 pairs (batches of 32, 1,024 tokens a row); PPO of 200,000 samples (batches of 512, 128 tokens of prompt and
-  128 of reply, separate value network, one epoch); both with every block recomputed in the backward pass. The language model's 400
-  billion tokens in batches of a million are there to show what pretraining would cost.
+- Stages: a PM of 160,800 pairs (batches of 32, a prompt and a reply of at most 1,024 tokens); PPO of 200,000 samples (batches of 512, 128
+  tokens of prompt and 128 of reply, separate value network, one epoch); both with every block recomputed in the backward pass. The
+  language model's 400 billion tokens in batches of a million are there to show what pretraining would cost.
+- A PM's pairs lie end to end in rows of 1,280 tokens, at least one row a way of the mesh. How many they fill is assumed to be as with
+  HH's (`hhjax/plan.py`): 7, of which whole multiples of data x fsdp are computed: 8, 16 or 32. *tokens/s* counts all positions of them.
 - *mesh* is data x fsdp x tensor; PPO samples on a mesh of its own, in brackets: weights are resharded once an iteration, in bf16.
 - *GiB* is what a device holds at the worst moment, state of phases that wait included, of what its compiler calls available.
 - *s* is a PM or LM update, or a whole PPO iteration with its parts: sampling, scoring, update. Predicted: the longest of compute,
@@ -37,6 +40,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--chips", default="v5p,v5e,v6e")
     parser.add_argument("--sizes", default="13M,42M,197M,810M,2.7B,13B,52B")
+    parser.add_argument("--stage", default="", help="lm, pm or ppo alone")
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "plans")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "pods.md")
     parser.add_argument("--only-write", action="store_true", help="from what is in --work, planning nothing")
@@ -45,13 +49,18 @@ def main() -> None:
     found = {}
     for size in options.sizes.split(","):
         for chip in options.chips.split(","):
-            path = options.work / f"{chip}-{size}.json"
+            path = options.work / f"{'-'.join(filter(None, (chip, size, options.stage)))}.json"
             if not path.is_file() and not options.only_write:
-                plan(chip, size, path)
+                plan(chip, size, options.stage, path)
             if path.is_file():
                 found[chip, size] = json.loads(path.read_text())
     versions = next(iter(found.values()))
     parts = [HEAD.format(libtpu=versions["libtpu"], jax=versions["jax"], attainable=shares(versions["attainable"]))]
+    if options.stage:
+        rows = [table_row(size, plan, row) for (_, size), plan in found.items() for row in plan["rows"]]
+        options.out.write_text(parts[0] + "\n" + with_rows(options.out.read_text(), rows))
+        print(f"{len(rows)} rows of {options.stage} in {options.out}")
+        return
     parts += [section(chip, {s: plan for (c, s), plan in found.items() if c == chip}) for chip in options.chips.split(",")]
     missing = [f"{size} on {chip}" for size in options.sizes.split(",") for chip in options.chips.split(",") if (chip, size) not in found]
     parts += [f"Not planned yet: {', '.join(missing)}.\n"] if missing else []
@@ -60,13 +69,23 @@ def main() -> None:
     print(f"{len(found)} plans in {options.out}")
 
 
-def plan(chip: str, size: str, path: Path) -> None:
+def with_rows(text: str, rows: list[str]) -> str:
+    """The tables and what follows them, each row in the place of the one of its size, slice and stage. Raises KeyError where there is none."""
+    key = lambda row: tuple(row.split(" | ")[:3])  # noqa: E731
+    new, lines = {key(row): row for row in rows}, text[text.index("## ") :].splitlines(keepends=True)
+    kept = [new.pop(key(line), line.rstrip("\n")) for line in lines]
+    if new:
+        raise KeyError(f"no row of {', '.join(map(' '.join, new))}; plan all stages first, without --stage")
+    return "\n".join(kept) + "\n"
+
+
+def plan(chip: str, size: str, stage: str, path: Path) -> None:
     """One size on one chip's slice, by the command that a user would give; the slice is the experiment file's."""
     sys.path.insert(0, str(EXPERIMENT.parent))
     from pods import SLICES
 
     topology = f"{chip}:{SLICES[chip][size][0]}"
-    argv = ["plan", EXPERIMENT, "--chip", chip, "--topology", topology, "--only", size, "--json", path]
+    argv = ["plan", EXPERIMENT, "--chip", chip, "--topology", topology, "--only", size, "--json", path, *(["--stage", stage] if stage else [])]
     done = subprocess.run([sys.executable, "-m", "hhjax.cli", *map(str, argv)])
     print(f"{chip} {size} on {topology}: exit {done.returncode}", flush=True)
 

@@ -27,6 +27,10 @@ def test_a_topology_has_a_name_chips_and_devices(text, name, chips, devices):
     ("v5e:4x0", "give v5e:4x4"),
     ("tpu7x-128", "give tpu7x:4x4x4"),
     ("", "such as v5p:4x4x4"),
+    ("v5p:3x5x7", "no such slice; choose v5p:SHAPE of 2x2x1, 2x2x2"),
+    ("v5p:8x4x4", "multiples of 4, smallest first"),
+    ("v6e:4x2", "no such slice; choose v6e:SHAPE of 1x1, 2x2, 2x4"),
+    ("v5e:32x32", "no such slice"),
 ])  # fmt: skip
 def test_what_is_no_topology_is_refused_with_the_remedy(text, message):
     with pytest.raises(ConfigError, match=message):

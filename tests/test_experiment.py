@@ -58,6 +58,10 @@ def test_edit_replaces_one_field_and_shares_the_rest():
     [
         ("pm.optim.lrr", 1, "unknown field 'pm.optim.lrr'; did you mean 'pm.optim.lr'"),
         ("mp.optim.lr", 1, "did you mean 'pm.optim.lr'"),
+        ("pm.optim.lr", -1e-3, r"optim.lr=-0.001; it must be at least 0"),
+        ("pm.optim.lr", float("nan"), r"optim.lr=nan; it must be at least 0"),
+        ("pm.optim.warmup_steps", -5, "optim.warmup_steps=-5"),
+        ("pm.optim.b2", 1.0, "optim.b2=1.0; it must be at least 0 and below 1"),
         ("pm.optim.lr.x", 1, "unknown field"),
         ("pm", 1, "unknown field 'pm'"),
         ("pm.name", "rm", "other stages refer to it"),

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from hhjax import flags, launch, sweep
+from hhjax import cli, flags, launch, sweep
 from hhjax.experiment import Diverged, Preempted
 from hhjax.fields import ConfigError
 from hhjax.identity import folder_digest
@@ -86,6 +86,10 @@ def test_stages_run_in_order_once_and_are_shared(chain, capsys):
 
 def test_a_folder_says_where_it_comes_from(chain):
     assert launch.run(["chain.py", "--only", "seed=0", "--stage", "tok"]) == 0
+    index = chain / "runs/experiments/chain.json"
+    assert list(json.loads(index.read_text())["runs"]) == ["seed=0"]  # of one stage alone too, so that plots find it
+    written = index.stat().st_mtime_ns
+    assert launch.run(["chain.py", "--only", "seed=0", "--stage", "tok"]) == 0 and index.stat().st_mtime_ns == written
     with pytest.raises(ConfigError, match="pm needs 'lm', which is not done"):
         launch.run(["chain.py", "--only", "seed=0", "--stage", "pm"])
     folder = next((chain / "runs/tokenizer").iterdir())
@@ -178,6 +182,16 @@ def test_help_begins_with_the_file_s_own_words(chain, capsys):
     words = capsys.readouterr().out
     assert end.value.code == 0 and words.startswith("A chain of three stages, for two seeds.\nusage: hhjax run chain.py")
     assert "--pm.optim.lr FLOAT" in words and "Runs whose name matches this pattern." in words
+
+
+@pytest.mark.parametrize("command", ["run", "sweep", "plan"])
+def test_help_without_a_file_says_how_to_ask(command, capsys):
+    with pytest.raises(SystemExit) as end:
+        cli.main([command, "--help"])
+    assert end.value.code == 0 and f"`hhjax {command} FILE --help` lists them" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as end:
+        cli.main([command])
+    assert end.value.code == 2
 
 
 def test_arguments_of_runs_become_flags(tmp_path, monkeypatch):

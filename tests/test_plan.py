@@ -1,16 +1,21 @@
 """--dry-run: true numbers of models that would not fit here, and no array made."""
 
+from dataclasses import replace
+
 import jax
 import pytest
 
-from hhjax import plan
-from hhjax.data.comparisons import ComparisonData
+from hhjax import plan, roofline
+from hhjax.data.comparisons import ComparisonData, load_comparisons
+from hhjax.data.packing import PackedSource
 from hhjax.data.sources import TextData
+from hhjax.data.tokenizer import load_tokenizer
 from hhjax.experiment import LM, PM, PPO, Evaluate, Experiment, Run, Tokenizer
 from hhjax.model.generate import Sampling
 from hhjax.model.sizes import model_config
 from hhjax.model.transformer import make_model
-from hhjax.sharding import MeshConfig
+from hhjax.sharding import MeshConfig, make_mesh, param_shardings
+from hhjax.train.state import make_optimizer, state_shardings
 
 TEXT, PAIRS = TextData(("text.jsonl",)), ComparisonData(("pairs.jsonl",))
 
@@ -29,7 +34,7 @@ def lines_of(stage, cfg) -> dict[str, str]:
 @pytest.mark.parametrize("mesh", [MeshConfig(1, 8, 1), MeshConfig(1, 4, 2)])
 def test_the_largest_rung_in_numbers(mesh):
     layers, width, vocab, rows, length = 64, 8192, 32_000, 16, 2048
-    stage = PM("pm", tokenizer="a/folder", model="52B", seq_len=length, batch_size=rows, steps=10, mesh=mesh)
+    stage = PM("pm", tokenizer="a/folder", model="52B", seq_len=length, batch_size=rows, steps=10, mesh=mesh, packed=False)
     before = {id(x) for x in jax.live_arrays()}
     said = lines_of(stage, model_config("52B", vocab))
     assert sum(x.nbytes for x in jax.live_arrays() if id(x) not in before) < 1 << 20
@@ -38,7 +43,7 @@ def test_the_largest_rung_in_numbers(mesh):
     # Matrices are split eight ways on either mesh, vectors are on every device; f32 weights and two moments.
     a_device = 12 * ((blocks + vocab * width) // 8 + vectors)
     assert said["state"].startswith(f"{a_device / 2**20:,.1f} MiB a device")
-    assert said["batch"].startswith(f"16 pairs of at most 2048 tokens: {2 * rows * length:,} positions, {mesh.fsdp} ways")
+    assert said["batch"].startswith(f"16 pairs in 32 rows of 2048 tokens: {2 * rows * length:,} positions, {mesh.fsdp} ways")
     flops = 3 * 2 * rows * length * (2 * blocks + 2 * layers * width * length)
     assert said["length"] == f"10 updates; {flops:.3g} FLOPs an update, {10 * flops:.3g} in all"
     assert "P('tensor', 'fsdp')" in said["embed"] and "(64, 8192, 32768)" in said["blocks/up"]
@@ -87,3 +92,34 @@ def test_a_ppo_stage_in_numbers():
     assert f"state     {12 * (count(big) + count(small)) / 2**20:,.1f} MiB" in said
     assert "64 prompts of 96 tokens and 32 new ones: 8,192 positions" in said and "10 iterations of 8 updates" in said
     assert f"cache     {2 * 3 * 64 * 192 * 128 * 4 / 2**20 / 8:,.1f} MiB" in said  # keys and values, f32, split 8 ways
+
+
+@pytest.mark.parametrize(("seq_len", "width", "rows"), [(256, 512, (13, 16, 32)), (512, 768, (11, 16, 32)), (1024, 1280, (7, 8, 32))])
+def test_packed_pairs_are_planned_as_those_of_hh_were_laid_out(seq_len, width, rows):
+    """PackedSource on helpful-base and harmless-base, batches of 32 pairs, whose rows divide by 1, 8 and 32: most batches had 13, 16, 32
+    rows at a seq_len of 256; 10 or 11, 16, 32 at 512; 6 or 7, 8, 32 at 1,024."""
+    stage = PM("pm", tokenizer="a/folder", seq_len=seq_len, batch_size=32, steps=1)
+    assert [plan.batch_shape(stage, ways) for ways in (1, 8, 32)] == [(n, width) for n in rows]
+    cut = replace(stage, micro_batches=4)
+    assert plan.batch_shape(cut, 8) == (32, width)
+    (shape, flops), cfg = plan.update_work(stage, model_config("0.1M", 320), 8), model_config("0.1M", 320)
+    assert flops == roofline.pm_step_flops(cfg, *shape)
+
+
+def test_the_packed_layout_is_what_is_compiled(tiny_data, tiny_tokenizer):
+    """A batch of real pairs has the structure, dtypes and row width's kind of the one that is planned, and the same program takes it."""
+    stage = PM("pm", tokenizer="a/folder", model="0.1M", seq_len=64, batch_size=32, steps=1, micro_batches=2)
+    rows, _ = load_comparisons(PAIRS, "train", tiny_data)
+    real = PackedSource(rows, load_tokenizer(tiny_tokenizer), 64, 32, multiple=16).batch(0, 0)
+    planned = plan.batch_shapes(stage, 8)
+    assert jax.tree.map(lambda x: x.dtype, real) == jax.tree.map(lambda x: x.dtype, planned)
+    assert planned.tokens.shape == (16, 128) and planned.ends.shape == (16, 16, 2) and real.ends.shape[1:] == planned.ends.shape[1:]
+    said = lines_of(stage, model_config("0.1M", 320))
+    assert said["batch"].startswith("32 pairs in 16 rows of 128 tokens, if they are as long as those of HH: 2,048 positions, 8 ways")
+    mesh = make_mesh(stage.mesh)
+    model, optimizer = make_model(model_config("0.1M", 320), mesh, stage.run), make_optimizer(stage.optim, 1)
+    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    shardings = state_shardings(optimizer, shapes, param_shardings(model.axes(), shapes, mesh), mesh)
+    compiled = plan.lower_update(stage, model, optimizer, shardings, mesh).compile()
+    found = [x.shape for x in jax.tree.leaves(compiled.args_info[0][1])]
+    assert found == [x.shape for x in planned]

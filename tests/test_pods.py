@@ -168,7 +168,7 @@ def test_nothing_is_replicated_or_resharded_by_accident(size, topology, stage):
     step = steps(size, stage)[-1]
     compiled = compile_for_tpu(pods.lower, step, topology)
     assert not compiled.failure and compiled.warnings == ()
-    found = pods.read(step, parse_topology(topology), compiled, *pods.work_of(step))
+    found = pods.read(step, parse_topology(topology), compiled, *pods.work_of(step, step.stage.mesh.fsdp))
     assert found.fits and found.memory["batch"] < 1e-3 * found.used  # what it is given is what was counted by formula, and rows
     cfg = model_config(size, 50_257)
     shapes = jax.eval_shape(make_model(cfg).init, jax.random.key(0))
@@ -198,7 +198,7 @@ def test_decoding_gathers_no_weights():
     sample = steps("197M", "ppo")[0]
     sample = sample._replace(stage=replace(sample.stage, rollout_mesh=MeshConfig(-1, 1, 2)))
     compiled = compile_for_tpu(pods.lower, sample, "v5p:2x2x1")
-    found = pods.read(sample, parse_topology("v5p:2x2x1"), compiled, *pods.work_of(sample))
+    found = pods.read(sample, parse_topology("v5p:2x2x1"), compiled, *pods.work_of(sample, 4))
     assert not compiled.failure and compiled.warnings == () and found.mesh == {"data": 2, "fsdp": 1, "tensor": 2}
     smallest = 2 * 1280 * 1280 // 2  # the least of a block's matrices, in bf16, on one device
     assert not [c for c in found.collectives if c.kind == "all-gather" and c.looped and c.bytes >= smallest]

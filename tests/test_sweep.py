@@ -25,8 +25,8 @@ from hhjax.experiment import LM, PM, Experiment, Tokenizer, grid
 TEXT = TextData(sources=("text.jsonl",))
 BASE = Experiment("swept", (
     Tokenizer("tok", data=TEXT, vocab=320),
-    LM("lm", tokenizer="tok", model="0.1M", data=TEXT, seq_len=32, batch_size=8, steps=60, log_every=1, save_every=5, eval_rows=8),
-    PM("pm", init="lm", data=ComparisonData(("pairs.jsonl",)), seq_len=96, batch_size=8, steps=2, eval_rows=8),
+    LM("lm", tokenizer="tok", model="0.1M", data=TEXT, seq_len=32, batch_size=16, steps=60, log_every=1, save_every=5, eval_rows=8),
+    PM("pm", init="lm", data=ComparisonData(("pairs.jsonl",)), seq_len=96, batch_size=16, steps=2, eval_rows=8),
 ))
 RUNS = grid(BASE, {"seed": (0, 1)})
 '''
@@ -166,6 +166,43 @@ def test_gke_gets_each_jobset_once_its_parents_have_succeeded(swept, capsys):
     assert [argv for argv in logged(swept)[before:] if argv[0] != "get"] == [
         ["delete", "jobset", names[2], "--wait=true"], ["apply", "--filename=-"],
     ]  # fmt: skip
+
+
+def test_a_slice_for_a_stage_or_a_kind_of_stage(swept, capsys):
+    flags = [*GKE[:3], "v5p:2x2x2,tok=v5p:2x2x1,pm=v5p:2x2x4", *GKE[4:]]
+    assert sweep.run(["swept.py", *flags, "--only", "seed=0", "--dry-run"]) == 0
+    pods = [made["spec"]["replicatedJobs"][0]["template"]["spec"] for made in list(yaml.safe_load_all(capsys.readouterr().out))[:-1]]
+    shapes = [pod["template"]["spec"]["nodeSelector"]["cloud.google.com/gke-tpu-topology"] for pod in pods]
+    assert shapes == ["2x2x1", "2x2x2", "2x2x4"] and [pod["parallelism"] for pod in pods] == [1, 2, 4]
+    with pytest.raises(ConfigError, match="unknown name 'tokk'; did you mean 'tok'|unknown name 'tokk' in"):
+        sweep.run(["swept.py", *GKE[:3], "v5p:2x2x2,tokk=v5p:2x2x1", *GKE[4:], "--dry-run"])
+    with pytest.raises(ConfigError, match="give the slice of most jobs first"):
+        sweep.run(["swept.py", *GKE[:3], "tok=v5p:2x2x1", *GKE[4:], "--dry-run"])
+
+
+@pytest.mark.parametrize("backend", [(*GKE[:3], "v5p:2x4x4", *GKE[4:]), ("--backend", "slurm", "--sbatch=-N4 --partition=gpu")])
+@pytest.mark.parametrize("dry", [("--dry-run",), ()])
+def test_what_does_not_fit_its_devices_is_not_submitted(swept, backend, dry):
+    args = ["swept.py", *backend, *dry]
+    with pytest.raises(ConfigError, match=r"stage lm on .* \(32 devices\): a batch of 16 does not divide over the mesh data 32 x fsdp 1 x "
+                                          r"tensor 1 = 32; give --lm.batch-size 32, a larger --lm.mesh.tensor, or a smaller slice"):  # fmt: skip
+        sweep.run(args)
+    with pytest.raises(ConfigError, match=r"stage pm on .* \(32 devices\): mesh .*'data': 3.* does not fill 32 devices.*--pm.mesh.data"):
+        sweep.run([*args, "--lm.mesh.tensor", "2", "--pm.mesh.data", "3"])
+    with pytest.raises(ConfigError, match="a batch of 32 in 2 parts does not divide .* give --pm.batch-size 64"):
+        sweep.run([*args, "--lm.batch-size", "32", "--pm.batch-size", "32", "--pm.micro-batches", "2"])
+    assert not logged(swept) and not (swept / "runs").exists()
+    assert sweep.run(["swept.py", *backend, "--dry-run", "--lm.mesh.tensor", "2", "--pm.mesh.fsdp", "8", "--pm.mesh.tensor", "4"]) == 0
+
+
+def test_how_many_gpus_a_batch_job_gets(swept):
+    def devices(options, text="#SBATCH --gpus-per-node=4  # of eight"):
+        (swept / "script").write_text(f"#!/bin/sh\n{text}\n")
+        return jobs.Slurm([], options, swept / "script").devices(None)
+
+    assert devices("") == (4, "1 nodes of 4 GPUs") and devices("-N 2")[0] == 8 == devices("--nodes 2")[0]
+    assert devices("--nodes=2 --gpus-per-node=h100:8")[0] == 16 and devices("--gres=gpu:8 -N3", "")[0] == 24
+    assert devices("--nodes=2-4") is None and devices("", "") is None
 
 
 def test_a_cluster_that_does_not_answer_once_ends_no_sweep(swept, capsys):

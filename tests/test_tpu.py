@@ -139,9 +139,19 @@ def test_the_queue_and_the_jobset_name_each_other():
     assert group["flavors"][0]["resources"] == [{"name": "google.com/tpu", "nominalQuota": 128}]
 
 
+def test_no_bucket_is_mounted_where_runs_are_at_an_address():
+    pod = jobset.Pod(topology="v5p:2x2x1", image="i")
+    with pytest.raises(ConfigError, match="--bucket is needed to run on GKE, unless --out is an address"):
+        jobset.jobset("n", ["hhjax", "run", "f.py", "--out", "/runs"], pod)
+    made = jobset.jobset("n", ["hhjax", "run", "f.py", "--out", "gs://bucket/runs"], pod)
+    job = made["spec"]["replicatedJobs"][0]["template"]["spec"]
+    assert conforms(made, JOBSET) and "volumes" not in job["template"]["spec"] and "/runs/cache" not in str(made)
+    assert job["template"]["metadata"]["annotations"] == {"gke-gcsfuse/volumes": "false"}
+
+
 def test_slices_that_gke_does_not_have_are_refused():
-    for topology in ("h200:8", "v5p:1x1x1"):
-        with pytest.raises(ConfigError, match="no TPU slice of whole machines"):
+    for topology, message in (("h200:8", "no TPU slice of whole machines"), ("v5p:1x1x1", "there is no such slice")):
+        with pytest.raises(ConfigError, match=message):
             jobset.jobset("n", ["x"], jobset.Pod(topology=topology, image="i", bucket="b"))
 
 
@@ -351,6 +361,7 @@ def test_preflight_finds_what_is_wrong(tmp_path):
     said = shown(*preflight, "--devices", "4", "--mesh", "1,2,2", "--out", tmp_path / "runs", **env)
     assert re.findall(r"^(ok|FAILED) +(\w+)", said, re.MULTILINE) == [("ok", n) for n in ("devices", "mesh", "storage", "collective", "training")]
     assert "losses 0.6931" in said and not list((tmp_path / "runs").iterdir())
+    assert re.search(r"ok +storage .*memory://bucket/runs", shown(*preflight, "--out", "memory://bucket/runs", **env))
     assert "4 devices, 8 were expected" in shown(*preflight, "--devices", "8", code=2, **env)
     assert "FAILED mesh" in shown(*preflight, "--mesh", "3,1,1", code=2, **env)
     (tmp_path / "file").touch()

@@ -22,7 +22,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from hhjax.cluster import first_process, join_cluster
-from hhjax.io.files import write_atomically
+from hhjax.io.bucket import bucket_of, working_copy
+from hhjax.io.files import is_remote, write_atomically
 from hhjax.model.sizes import model_config
 from hhjax.model.transformer import ModelConfig, RunConfig, make_model
 from hhjax.objectives.preference import PreferenceLoss, preference_objective
@@ -38,7 +39,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--devices", type=int, help="how many jax should see, over all hosts")
     parser.add_argument("--mesh", default="-1,1,1", help="data,fsdp,tensor; -1 takes what the others leave")
-    parser.add_argument("--out", type=Path, help="where run directories will be: a file is written there and read back")
+    parser.add_argument("--out", help="where run directories will be, a folder or gs://BUCKET/PREFIX: a file is written there and read back")
     parser.add_argument("--heartbeat-timeout-s", type=int, default=30)
     parser.add_argument("--dry-run", action="store_true", help="say what would be checked")
     options = parser.parse_args()
@@ -83,17 +84,25 @@ def require(ok: bool, why: str) -> None:
         raise ValueError(why)
 
 
-def storage(out: Path | None) -> str:
-    """Every host writes a file of its own, by the rename that checkpoints rest on, and reads it back."""
+def storage(out: str | None) -> str:
+    """Every host writes a file of its own, by the rename that checkpoints rest on, or an object, and reads it back."""
     if out is None:
         return "not asked for (--out)"
-    out.mkdir(parents=True, exist_ok=True)
-    path = out / f".preflight.{jax.process_index()}"
-    text = f"{os.getpid()} {time.time()}"
-    write_atomically(path, text)
-    require(path.read_text() == text, f"{path} does not hold what was written")
-    path.unlink()
-    return str(out)
+    name, text = f".preflight.{jax.process_index()}", f"{os.getpid()} {time.time()}"
+    if is_remote(out):
+        with working_copy(out) as here:
+            bucket = bucket_of(here)
+            bucket.files.pipe_file(bucket.at(here / name), text.encode())
+            found = bucket.files.cat_file(bucket.at(here / name)).decode()
+            bucket.files.rm_file(bucket.at(here / name))
+    else:
+        Path(out).mkdir(parents=True, exist_ok=True)
+        path = Path(out) / name
+        write_atomically(path, text)
+        found = path.read_text()
+        path.unlink()
+    require(found == text, f"{out}/{name} does not hold what was written")
+    return out
 
 
 def collective(mesh) -> str:

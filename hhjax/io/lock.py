@@ -6,7 +6,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 BEAT_S = 10.0
@@ -24,23 +24,24 @@ def hold_lock(folder: Path) -> Iterator[None]:
     while not take_lock(path):
         if is_alive(path):
             raise Held(f"{path} is held by {read_lock(path)}")
-    released = threading.Event()
-    heart = threading.Thread(target=beat, args=(path, released), daemon=True)
-    heart.start()
     try:
-        yield
+        with beating(lambda: os.utime(path)):
+            yield
     finally:
-        released.set()
-        heart.join()
         if is_ours(read_lock(path)):
             path.unlink(missing_ok=True)
+
+
+def claim() -> str:
+    """What this process writes into a LOCK."""
+    return json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "since": time.time()})
 
 
 def take_lock(path: Path) -> bool:
     """True when the lock is now this process's: it was free, or its holder is gone."""
     try:
         with path.open("x") as f:
-            json.dump({"host": socket.gethostname(), "pid": os.getpid(), "since": time.time()}, f)
+            f.write(claim())
         return True
     except FileExistsError:
         pass
@@ -103,8 +104,20 @@ def is_zombie(pid: int) -> bool:
         return False
 
 
-def beat(path: Path, released: threading.Event) -> None:
-    """Renews the lock's time until `released`."""
-    while not released.wait(BEAT_S):
-        with contextlib.suppress(OSError):
-            os.utime(path)
+@contextlib.contextmanager
+def beating(renew: Callable[[], None]) -> Iterator[None]:
+    """Calls renew() every BEAT_S on a thread while the block runs; where it raises OSError the next beat tries again."""
+    released = threading.Event()
+
+    def beat():
+        while not released.wait(BEAT_S):
+            with contextlib.suppress(OSError):
+                renew()
+
+    heart = threading.Thread(target=beat, daemon=True)
+    heart.start()
+    try:
+        yield
+    finally:
+        released.set()
+        heart.join()

@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+from hhjax.io import bucket
 from hhjax.io.files import write_atomically
 
 TIMING = ("seconds", "tokens_per_s", "flops_per_s", "share_of_ceiling", "useful_share", "memory_gib", "samples_per_s",
@@ -27,6 +28,7 @@ class MetricsWriter:
     def __init__(self, run_dir: Path, start: int = 0, evaluated: bool = True):
         from tensorboardX import SummaryWriter
 
+        self.run_dir = run_dir
         truncate_rows(run_dir / "metrics.jsonl", start, evaluated)
         self.file = (run_dir / "metrics.jsonl").open("a", encoding="utf-8")
         # purge_step hides what an earlier process wrote from that step on.
@@ -43,13 +45,18 @@ class MetricsWriter:
         return {"step": step} | named
 
     def sync(self) -> None:
-        """Brings all rows to disk, as must happen before a checkpoint of their step is committed."""
+        """Brings all rows to disk, and to the bucket where the folder is a copy, as must happen before a checkpoint of their step
+        is committed."""
+        self.flush()
+        bucket.send(self.run_dir)
+
+    def flush(self) -> None:
         self.file.flush()
         os.fsync(self.file.fileno())
         self.board.flush()
 
     def close(self) -> None:
-        self.sync()
+        self.flush()
         self.file.close()
         self.board.close()
 

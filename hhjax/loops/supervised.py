@@ -28,7 +28,7 @@ from hhjax.io.metrics import write_event
 from hhjax.io.models import open_model
 from hhjax.loops import inputs
 from hhjax.loops.progress import START, Progress
-from hhjax.loops.waiting import on_first
+from hhjax.loops.waiting import on_all, on_first
 from hhjax.model.sizes import model_config
 from hhjax.model.transformer import ModelConfig, RunConfig, config_to_json, make_model
 from hhjax.sharding import batch_host, batch_ways, check_batch, make_mesh, param_shardings, put_batch
@@ -50,7 +50,7 @@ def run(stage: Training, ctx: StageContext) -> None:
     check_batch(stage.batch_size // stage.micro_batches, mesh)
     config, tokenizer, load_parent = starting_point(stage, ctx)
     model = make_model(config, mesh, stage.run)
-    source, held_out = load_sources(stage, ctx, tokenizer, batch_ways(mesh))
+    source, held_out = on_all(ctx, lambda: load_sources(stage, ctx, tokenizer, batch_ways(mesh)))
     total = total_steps(stage, source)
     optimizer = make_optimizer(stage.optim, total)
     loss = stage.objective(model, stage.loss)

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import jax
 
-from hhjax.cluster import agreed
+from hhjax.cluster import agreed, all_agree
 from hhjax.experiment import StageContext
 
 POLL_S = 0.2
@@ -21,6 +21,14 @@ def on_first(ctx: StageContext, work: Callable):
     while not agreed(task is not None and task.done.wait(POLL_S)):
         ctx.stop_if_told()
     return task.result() if task else None
+
+
+def on_all(ctx: StageContext, work: Callable):
+    """What `work()` returns on each process, where it runs in a thread; all poll until all are through with it. Else as `on_first`."""
+    task = Task(work)
+    while not all_agree(task.done.wait(POLL_S)):
+        ctx.stop_if_told()
+    return task.result()
 
 
 class Task:

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from hhjax.fields import ConfigError
 from hhjax.sharding import replicated
 from hhjax.types import Array, Key, Params
 
@@ -50,6 +51,7 @@ class OptimConfig:
     constants nor clipping; these are common values. schedule: "constant" (the paper's PM rule), "linear" or
     "cosine" to zero over the run, after a linear warmup. score_lr: the score head's rate over `lr`; a head that
     starts at zero and learns at the trunk's rate moves a narrow model's scores too little in one epoch of few pairs.
+    Raises ConfigError on a value that no optimiser can have.
     """
 
     lr: float = 1e-3
@@ -61,6 +63,16 @@ class OptimConfig:
     weight_decay: float = 0.0
     clip_norm: float = 1.0
     score_lr: float = 1.0
+
+    def __post_init__(self):
+        for name in ("lr", "warmup_steps", "weight_decay", "clip_norm", "score_lr"):
+            if not getattr(self, name) >= 0:  # nan too
+                raise ConfigError(f"optim.{name}={getattr(self, name)}; it must be at least 0")
+        if not self.eps > 0:
+            raise ConfigError(f"optim.eps={self.eps}; it must be positive")
+        for name in ("b1", "b2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ConfigError(f"optim.{name}={getattr(self, name)}; it must be at least 0 and below 1")
 
 
 def learning_rate(cfg: OptimConfig, total_steps: int) -> optax.Schedule:

@@ -1,10 +1,12 @@
-"""Checkpoints in a bucket, gs://: Orbax, epath and tensorstore's own Cloud Storage driver against a bucket in memory, over loopback."""
+"""Checkpoints in a bucket, gs://: Orbax, epath and tensorstore's own Cloud Storage driver against a bucket in memory, over loopback; and
+whole run directories there by gcsfs, where it is installed."""
 
 import json
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, NamedTuple
-from urllib.parse import parse_qsl, unquote, urlparse
+from urllib.parse import parse_qsl, quote, unquote, urlparse
 
 import fsspec
 import jax
@@ -37,7 +39,7 @@ class Bucket(MemoryFileSystem):
 
 
 class Storage(BaseHTTPRequestHandler):
-    """The calls of Cloud Storage's JSON API that tensorstore makes: read, write, list, delete."""
+    """The calls of Cloud Storage's JSON API that tensorstore and gcsfs make: read, write, list, delete."""
 
     protocol_version = "HTTP/1.1"
 
@@ -53,19 +55,36 @@ class Storage(BaseHTTPRequestHandler):
 
     def do_POST(self):
         url, body = urlparse(self.path), self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        bucket, name = url.path.split("/")[-2], dict(parse_qsl(url.query))["name"]
-        Bucket().pipe(f"/{bucket}/{name}", body)
-        self.answer(200, json.dumps({"name": name, "generation": "1", "size": str(len(body))}).encode())
+        bucket, query = url.path.split("/")[-2], dict(parse_qsl(url.query))
+        if query["uploadType"] == "resumable":  # gcsfs for a file that is open to write: the bytes come next
+            return self.answer(200, Location=f"http://{self.headers['Host']}{url.path}?uploadType=media&name={quote(json.loads(body)['name'], safe='')}")
+        if query["uploadType"] == "multipart":  # gcsfs: what it is called, then what it holds
+            about, body = (part.split(b"\n\n", 1)[1] for part in body.removesuffix(b"\n--==0==--").split(b"\n--==0==\n", 1))
+            query |= {"name": json.loads(about)["name"]}
+        if query.get("ifGenerationMatch") == "0" and f"/{bucket}/{query['name']}" in Bucket.store:
+            return self.answer(412)
+        Bucket().pipe(f"/{bucket}/{query['name']}", body)
+        self.answer(200, json.dumps(self.about(bucket, query["name"])).encode())
+
+    def about(self, bucket: str, name: str) -> dict:
+        file = Bucket.store[f"/{bucket}/{name}"]
+        when = file.modified.strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+        return {"bucket": bucket, "name": name, "size": str(file.size), "generation": "1", "updated": when, "timeCreated": when}
 
     def do_GET(self):
         url = urlparse(self.path)
-        _, _, _, bucket, _, *name = url.path.strip("/").split("/")
+        bucket, _, name = url.path.partition("/b/")[2].partition("/o")
+        query = dict(parse_qsl(url.query))
         if not name:
-            start = f"/{bucket}/{dict(parse_qsl(url.query)).get('prefix', '')}"
-            found = [{"name": p[len(bucket) + 2 :], "size": str(f.size)} for p, f in sorted(Bucket.store.items()) if p.startswith(start)]
-            return self.answer(200, json.dumps({"items": found}).encode())
-        if (key := f"/{bucket}/{unquote(name[0])}") not in Bucket.store:
+            start, folders = query.get("prefix", ""), query.get("delimiter")
+            found = sorted(p[len(bucket) + 2 :] for p in Bucket.store if p.startswith(f"/{bucket}/{start}"))
+            below = {start + n[len(start) :].partition("/")[0] + "/" for n in found if folders and "/" in n[len(start) :]}
+            items = [self.about(bucket, n) for n in found if not folders or "/" not in n[len(start) :]]
+            return self.answer(200, json.dumps({"items": items, "prefixes": sorted(below)}).encode())
+        if (key := f"/{bucket}/{unquote(name[1:])}") not in Bucket.store:
             return self.answer(404)
+        if "/download/" not in url.path and query.get("alt") != "media":
+            return self.answer(200, json.dumps(self.about(bucket, unquote(name[1:]))).encode())
         data = Bucket.store[key].getvalue()
         if wanted := self.headers.get("Range"):
             first, _, last = wanted.removeprefix("bytes=").partition("-")
@@ -88,7 +107,8 @@ def storage():
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TENSORSTORE_GCS_HTTP_URL", f"http://127.0.0.1:{server.server_port}")
+        for name in ("TENSORSTORE_GCS_HTTP_URL", "STORAGE_EMULATOR_HOST"):
+            patch.setenv(name, f"http://127.0.0.1:{server.server_port}")
         patch.setenv("GOOGLE_AUTH_TOKEN_FOR_TESTING", "none")
         yield
     server.shutdown()
@@ -103,6 +123,18 @@ def run_dir(storage, tmp_path):
     Bucket.pseudo_dirs[:] = [""]
     (tmp_path / POINTER).write_text("gs://bucket/runs/pm/0.1M-s0-x")
     return tmp_path
+
+
+TRAINED = '''"""A tokenizer and a language model."""
+from hhjax.data.sources import TextData
+from hhjax.experiment import LM, Experiment, Tokenizer
+
+TEXT = TextData(sources=("text.jsonl",))
+RUNS = Experiment("trained", (
+    Tokenizer("tok", data=TEXT, vocab=320),
+    LM("lm", tokenizer="tok", model="0.1M", data=TEXT, seq_len=32, batch_size=8, steps=60, log_every=1, save_every=10, eval_rows=8),
+))
+'''
 
 
 class State(NamedTuple):
@@ -167,3 +199,31 @@ def test_an_object_is_written_whole(run_dir):
     write_atomically(path, "one")
     write_atomically(path, "two")
     assert path.read_text() == "two" and list(Bucket.store) == ["/bucket/a/b.json"]
+
+
+def test_a_run_in_cloud_storage_goes_on_on_another_machine(run_dir, start_hhjax, tmp_path):
+    """By gcsfs and tensorstore, as it would be: kill -9, an empty disk, and the same command again."""
+    pytest.importorskip("gcsfs", reason="needs the extra gs")
+    (tmp_path / "trained.py").write_text(TRAINED)
+    disks = [tmp_path / name for name in ("first", "second")]
+    for disk in disks:
+        disk.mkdir()
+    quiet = {"GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false"}  # gcsfs would ask, at every call, for what kind of bucket it is
+    first, second = (lambda disk=disk: start_hhjax(tmp_path, "run", "trained.py", "--out", "gs://bucket/runs", env=quiet | {"TMPDIR": str(disk)}) for disk in disks)
+    process = first()
+    while not any("/checkpoints/" in path and path.endswith("0.json") for path in list(Bucket.store)):
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    assert any(path.endswith("/LOCK") for path in Bucket.store)
+    output, _ = (process := second()).communicate(timeout=300)
+    assert process.returncode == 0, output
+    assert not any(path.endswith("/LOCK") for path in Bucket.store) and not list(tmp_path.glob("runs")) and not list(disks[1].glob("hhjax-*"))
+    [lm] = [path.removesuffix("/DONE") for path in Bucket.store if path.startswith("/bucket/runs/lm/") and path.endswith("/DONE")]
+    rows, events = ([json.loads(line) for line in Bucket.store[f"{lm}/{name}.jsonl"].getvalue().splitlines()] for name in ("metrics", "events"))
+    assert [row["step"] for row in rows if "loss" in row] == list(range(1, 61))
+    assert [e["event"] for e in events].count("restore") == 1 and f"{lm}/checkpoints/60.json" in Bucket.store
+    listed = start_hhjax(tmp_path, "ls", "gs://bucket/runs", env=quiet)
+    output, _ = listed.communicate(timeout=120)
+    assert listed.returncode == 0 and output.count(" done ") == 2, output

@@ -11,7 +11,7 @@ import pytest
 
 from hhjax.experiment import Preempted, StageContext
 from hhjax.io.metrics import read_events
-from hhjax.loops.waiting import on_first
+from hhjax.loops.waiting import on_all, on_first
 
 WITHIN_S = 10
 SLOW = '''
@@ -32,6 +32,8 @@ def draw(folders, to):
 
 if "{slow}" == "tokenizer":
     supervised.train_tokenizer = slowly
+elif "{slow}" == "data":
+    supervised.load_sources = slowly
 elif "{slow}" == "evaluate":
     evaluate.baseline_margins = slowly
 PAIRS = ComparisonData(("pairs.jsonl",))
@@ -57,7 +59,7 @@ def stop(process, tmp_path) -> tuple[float, str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("slow, kind", [("tokenizer", "tokenizer"), ("evaluate", "evaluate"), ("draw", "report")])
+@pytest.mark.parametrize("slow, kind", [("tokenizer", "tokenizer"), ("data", "pm"), ("evaluate", "evaluate"), ("draw", "report")])
 def test_a_stage_without_steps_hears_sigterm(hhjax, tmp_path, slow, kind):
     (tmp_path / "slow.py").write_text(SLOW.format(slow=slow))
     seconds, output = stop(hhjax("run", "slow.py"), tmp_path)
@@ -87,16 +89,18 @@ def make_context(tmp_path, should_stop) -> StageContext:
     return StageContext(dir=tmp_path, seed=0, parents={}, parent_stages={}, should_stop=should_stop)
 
 
-def test_work_in_a_thread_gives_its_result_or_its_error(tmp_path):
+@pytest.mark.parametrize("on", [on_first, on_all])
+def test_work_in_a_thread_gives_its_result_or_its_error(tmp_path, on):
     ctx = make_context(tmp_path, lambda: False)
-    assert on_first(ctx, lambda: threading.current_thread().daemon) is True
+    assert on(ctx, lambda: threading.current_thread().daemon) is True
     with pytest.raises(ZeroDivisionError):
-        on_first(ctx, lambda: 1 / 0)
+        on(ctx, lambda: 1 / 0)
 
 
-def test_work_in_a_thread_is_given_up(tmp_path):
+@pytest.mark.parametrize("on", [on_first, on_all])
+def test_work_in_a_thread_is_given_up(tmp_path, on):
     go_on = threading.Event()
     polls = iter((False, False, True))
     with pytest.raises(Preempted):
-        on_first(make_context(tmp_path, lambda: next(polls)), go_on.wait)
+        on(make_context(tmp_path, lambda: next(polls)), go_on.wait)
     go_on.set()
