@@ -9,7 +9,7 @@ TINY = {"width": 32, "heads": 4, "mlp_width": 64, "vocab": 64, "batch": 8, "prom
 
 
 def test_every_mesh_stands_beside_one_device():
-    rows = list(scaling.scale(scaling.ScaleBench(**TINY, layers=2, devices=4)))
+    rows = list(scaling.scale(scaling.ScaleBench(**TINY, layers=1, devices=4)))
     found = {row["mesh"]: row for row in rows}
     assert list(found) == ["one device", "data 4", "fsdp 4", "fsdp 2 x tensor 2"]
     assert found["one device"]["of_one_device"] == 1 and found["one device"]["collectives"] == "none"
@@ -22,7 +22,7 @@ def test_every_mesh_stands_beside_one_device():
 
 def test_a_full_cache_saves_the_compilation():
     before = jax.config.jax_compilation_cache_dir
-    rows = list(scaling.compile_times(scaling.CompileBench(**TINY, depths=(2, 3))))
-    assert [(row["program"], row["layers"]) for row in rows] == [("pm update", 2), ("sampling", 2), ("pm update", 3), ("sampling", 3)]
+    rows = list(scaling.compile_times(scaling.CompileBench(**TINY, depths=(2,))))
+    assert [(row["program"], row["layers"]) for row in rows] == [("pm update", 2), ("sampling", 2)]
     assert all(row["warm_s"] < row["cold_s"] for row in rows)
     assert jax.config.jax_compilation_cache_dir == before

@@ -344,13 +344,14 @@ def make_phases(stage: PPO, models: dict, vocab: Vocabulary, mesh, rollout_mesh,
         cast = jax.jit(lambda params: frozen(params, dtype))  # what travels, and what decoding reads at every token
         spread = lambda params: jax.device_put(cast(params), places)  # noqa: E731
         gather = lambda samples: jax.device_put(samples, rows)  # noqa: E731
-    packer = ReplyPacker(stage.prompt_len, width, vocab, ways, host=Host(*batch_host(mesh)))
+    def packer():
+        return ReplyPacker(stage.prompt_len, width, vocab, ways, host=Host(*batch_host(mesh)))
 
     def lay(samples, whole, stopped):
-        return put_batch(packer.pack(whole, stopped), mesh) if stage.packed else samples.rows
+        return put_batch(packer().pack(whole, stopped), mesh) if stage.packed else samples.rows
 
     def split(whole, stopped, rng):
-        order, packed = minibatches(stage, packer, whole, stopped, rng)
+        order, packed = minibatches(stage, packer(), whole, stopped, rng)
         return order, put_batches(packed, mesh)
 
     return Phases(
@@ -369,17 +370,18 @@ def make_phases(stage: PPO, models: dict, vocab: Vocabulary, mesh, rollout_mesh,
 
 def minibatches(stage: PPO, packer: ReplyPacker, rows, stopped, rng) -> tuple[np.ndarray | None, PackedReplies | None]:
     """The samples of each minibatch of each epoch, [K, b], in an order of `rng`, and what the models read of them, as numpy, packed anew
-    for each; None where there is one update on the rollout as it is, and no rows where they are not packed."""
+    for each. No order where one update takes all; no rows where they are those of the rollout."""
     count, parts = stage.epochs * stage.minibatches, stage.micro_batches if stage.packed else 1
     if count * parts == 1:
         return None, None
-    order = np.concatenate([rng.permutation(stage.batch_size) for _ in range(stage.epochs)]).reshape(count, -1)
+    every = np.arange(stage.batch_size)
+    order = np.concatenate([rng.permutation(every) if count > 1 else every for _ in range(stage.epochs)]).reshape(count, -1)
     if not stage.packed:
         return order, None
     # `accumulate` gives every array's item i to part i % parts: each part is packed apart, and the rows of all dealt out like that.
     by_part = order.reshape(count, -1, parts).swapaxes(1, 2).reshape(count * parts, -1)
     deal = lambda x: x.reshape(count, parts, *x.shape[1:]).swapaxes(1, 2).reshape(count, -1, *x.shape[2:])  # noqa: E731
-    return order, jax.tree.map(deal, packer.pack(rows, stopped, by_part))
+    return order if count > 1 else None, jax.tree.map(deal, packer.pack(rows, stopped, by_part))
 
 
 def mean_scores(setup: Setup, phases: Phases, state: TrainState) -> dict:

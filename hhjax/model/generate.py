@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from hhjax.model.replies import NEVER, joined, policy_logits
 from hhjax.types import Array, Key, Model, Params, Samples, Tokens, Vocabulary
 
-_BLOCK = 128  # tokens of the vocabulary that `draw_token` adds up at a time
+_BLOCKS = 128  # into which `draw_token` cuts the vocabulary: a tensor axis that splits the one splits the other
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,9 @@ def generate(model: Model, params: Params, prompts: Tokens, row_ids, key: Key, v
         return (carry.taken < rows) & (ended >= group)
 
     def decode(carry: Carry) -> Carry:
-        return jax.lax.while_loop(lambda c: jnp.any(c.slots.live) & ~jnp.any(takers(c)), step, carry)
+        """To the end of all replies, or until waiting rows can begin. The count only tells compilers how long that may take."""
+        going = lambda c: (c[0] < r - 1) & jnp.any(c[1].slots.live) & ~jnp.any(takers(c[1]))  # noqa: E731
+        return jax.lax.while_loop(going, lambda c: (c[0] + 1, step(c[1])), (0, carry))[1]
 
     def refill(carried):
         """Replies so far are written down, and waiting rows begin in slots that have ended."""
@@ -171,11 +173,13 @@ def draw_token(keys, logits):
     for 32 rows of 8,192 tokens on a CPU, this 0.5.
     """
     p = jnp.exp(logits - jnp.max(logits, -1, keepdims=True))
-    p = jnp.pad(p, ((0, 0), (0, -p.shape[1] % _BLOCK))).reshape(len(p), -1, _BLOCK)
+    p = jnp.pad(p, ((0, 0), (0, -p.shape[1] % _BLOCKS))).reshape(len(p), _BLOCKS, -1)
     share = jax.vmap(jax.random.uniform)(keys)
     block, share = invert(jnp.cumsum(jnp.sum(p, -1), -1), share)
-    inside, _ = invert(jnp.cumsum(jnp.take_along_axis(p, block[:, None, None], 1)[:, 0], -1), share)
-    return block * _BLOCK + inside
+    # A sum over all blocks but one: taking the one by its number would gather the vocabulary where it is split.
+    own = jnp.sum(jnp.where(jnp.arange(_BLOCKS)[:, None] == block[:, None, None], p, 0.0), 1)
+    inside, _ = invert(jnp.cumsum(own, -1), share)
+    return block * p.shape[2] + inside
 
 
 def invert(cumulative, share):

@@ -38,14 +38,15 @@ def make_train_step(loss: LossFn, optimizer: optax.GradientTransformation, micro
 def make_ppo_update(train_step):
     """All minibatches of one rollout, over all epochs: (state, Rollout, order, rows) -> (state, metrics), to be jitted whole.
 
-    order: [K, b] int32, the samples of each minibatch, or None: one update on all of them. rows: what the models read of each
-    minibatch, a tree of [K, ...], or None: the rows of the rollout, by the same order. Metrics are means over the minibatches,
+    order: [K, b] int32, the samples of each minibatch, or None: one update on all of them as they are. rows: what the models read of
+    each minibatch, a tree of [K, ...], or None: the rows of the rollout, by the same order. Metrics are means over the minibatches,
     those in _max maxima; first_log_ratio_max is the first minibatch's, 0 but for rounding.
     """
 
     def update(state: TrainState, rollout, order=None, rows=None):
         if order is None:
-            state, metrics = train_step(state, rollout)
+            own = rollout.rows if rows is None else jax.tree.map(lambda x: x[0], rows)
+            state, metrics = train_step(state, rollout._replace(rows=own))
             return state, metrics | {"first_log_ratio_max": metrics["log_ratio_max"]}
 
         def one(state, part):
