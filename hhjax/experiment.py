@@ -216,7 +216,8 @@ class PPO(Stage):
     a static scan, 2 for robustness, 4 online). objective: (Actor, loss config) -> LossFn over Rollout.
     eval_every: iterations between looks at eval_prompts held-out prompts (0: first and last). rollout_mesh: the layout of
     sampling, where it is not the layout of training. packed: whether models read several replies a row, each behind its prompt, or
-    one, padded to the longest there can be; the results are the same. watch: (prompts, replies) -> {name: a number a reply, nan where it
+    one, padded to the longest there can be (default: where a device has at least 16 of a minibatch, which fill rows well); the results
+    are the same. watch: (prompts, replies) -> {name: a number a reply, nan where it
     does not apply}, logged as means `watch/NAME`: what you want to know of the text, such as the clinic's gold utilities.
     """
 
@@ -236,7 +237,7 @@ class PPO(Stage):
     minibatches: int = 1
     kl: KLConfig = KLConfig()
     rollout: RolloutConfig = RolloutConfig()
-    packed: bool = execution(True)
+    packed: bool | None = execution(None)
     objective: Callable = ppo_objective
     loss: Any = PPOLoss()  # whatever frozen dataclass the objective takes
     watch: Callable | None = None

@@ -26,7 +26,7 @@ from hhjax.experiment import PPO, Run, Training, reference_dir, split_step
 from hhjax.fields import ConfigError
 from hhjax.flags import Command
 from hhjax.hlo import Collective, Program
-from hhjax.loops.rlhf import judge_params, make_phases, minibatches, phase_flops, ppo_optimizer, ppo_shardings, roles
+from hhjax.loops.rlhf import is_packed, judge_params, make_phases, minibatches, phase_flops, ppo_optimizer, ppo_shardings, roles
 from hhjax.loops.sampling import frozen
 from hhjax.loops.supervised import compute_dtype
 from hhjax.model.transformer import ModelConfig, make_model
@@ -284,7 +284,7 @@ def lower_phase(step: Step, mesh, decode, dtype: str):
     offsets = {"reward": 0.0, "value": 0.0, "tests": dict.fromkeys(stage.tests, 0.0)}
     samples = split_rows(jax.eval_shape(phases.sample, *inputs)[0], mesh)
     packer, full, none = full_replies(stage, vocab, batch_ways(mesh))
-    laid = split_rows(packer.pack(full, none), mesh) if stage.packed else samples.rows
+    laid = split_rows(packer.pack(full, none), mesh) if is_packed(stage, batch_ways(mesh)) else samples.rows
     scored = (state.params, judges, samples, laid, offsets, 0.0)
     if step.phase == "score":
         return phases.score.lower(*scored)

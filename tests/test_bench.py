@@ -57,9 +57,9 @@ def test_ragged_replies_leave_and_make_room():
 
 
 def test_prompts_of_hh_s_lengths_are_packed():
-    cfg = bench.PPOBench(**TINY | {"batch": 64, "prompt": 96, "response": 16}, lengths="hh", packed=True)
+    cfg = bench.PPOBench(**TINY | {"batch": 256, "prompt": 96, "response": 16}, lengths="hh", packed=True)
     plain = (bench.prompt_lengths(cfg, np.random.default_rng(0)) + 16).mean() / (96 + 16)
-    assert plain < 0.8 < 0.88 < bench.ppo(cfg)["useful_share"] <= 1
+    assert plain + 0.05 < bench.ppo(cfg)["useful_share"] <= 1
 
 
 def test_a_trace_is_written(tmp_path):

@@ -99,7 +99,8 @@ class ReplyPacker(NamedTuple):
         """This host's share, of numpy arrays. rows, stopped: of all samples, [B, T] and [B].
 
         batches: [K, b] numbers of the samples of each batch, runs of b / ways to a shard; the arrays then begin with an axis of K.
-        None: one batch of all, without that axis. All have equally many rows, one of at most eight numbers, so that few programs are compiled.
+        None: one batch of all, without that axis. All have equally many rows, a number that goes by sixteenths, so that few programs are
+        compiled.
         """
         every = np.arange(len(rows.length))[None] if batches is None else batches
         if every.shape[1] % (self.ways * self.copies):
@@ -108,7 +109,7 @@ class ReplyPacker(NamedTuple):
         items = [[[item for run in runs(shard, self.copies) for item in self._items(rows, stopped, run)] for shard in batch] for batch in shards]
         sizes = [[[len(prompt) + sum(map(len, replies)) for _, prompt, replies in of] for of in batch] for batch in items]
         bins = [[first_fit(of, self.width, len(of)) for of in batch] for batch in sizes]
-        step = -(-shards.shape[2] // 16)  # an eighth of the most rows that there can be, two replies in each
+        step = -(-shards.shape[2] // 32)  # a sixteenth of the most rows that there can be, two replies in each
         count = -(-max(len(of) for batch in bins for of in batch) // step) * step
         mine = np.split(np.arange(self.ways), self.host.count)[self.host.index]
         join = lambda parts: PackedReplies(*map(np.concatenate, zip(*parts)))  # noqa: E731

@@ -348,7 +348,7 @@ def make_phases(stage: PPO, models: dict, vocab: Vocabulary, mesh, rollout_mesh,
         return ReplyPacker(stage.prompt_len, width, vocab, ways, host=Host(*batch_host(mesh)))
 
     def lay(samples, whole, stopped):
-        return put_batch(packer().pack(whole, stopped), mesh) if stage.packed else samples.rows
+        return put_batch(packer().pack(whole, stopped), mesh) if is_packed(stage, ways) else samples.rows
 
     def split(whole, stopped, rng):
         order, packed = minibatches(stage, packer(), whole, stopped, rng)
@@ -368,15 +368,22 @@ def make_phases(stage: PPO, models: dict, vocab: Vocabulary, mesh, rollout_mesh,
     )  # fmt: skip
 
 
+def is_packed(stage: PPO, ways: int) -> bool:
+    """Whether models read packed rows. Fewer than 16 replies a device fill rows of two full ones hardly better than padding does."""
+    each = stage.batch_size // (stage.minibatches * stage.micro_batches * ways)
+    return each >= 16 if stage.packed is None else stage.packed
+
+
 def minibatches(stage: PPO, packer: ReplyPacker, rows, stopped, rng) -> tuple[np.ndarray | None, PackedReplies | None]:
     """The samples of each minibatch of each epoch, [K, b], in an order of `rng`, and what the models read of them, as numpy, packed anew
     for each. No order where one update takes all; no rows where they are those of the rollout."""
-    count, parts = stage.epochs * stage.minibatches, stage.micro_batches if stage.packed else 1
+    packed = is_packed(stage, packer.ways)
+    count, parts = stage.epochs * stage.minibatches, stage.micro_batches if packed else 1
     if count * parts == 1:
         return None, None
     every = np.arange(stage.batch_size)
     order = np.concatenate([rng.permutation(every) if count > 1 else every for _ in range(stage.epochs)]).reshape(count, -1)
-    if not stage.packed:
+    if not packed:
         return order, None
     # `accumulate` gives every array's item i to part i % parts: each part is packed apart, and the rows of all dealt out like that.
     by_part = order.reshape(count, -1, parts).swapaxes(1, 2).reshape(count * parts, -1)

@@ -33,7 +33,7 @@ def make_ppo(pipeline, **changes) -> PPO:
     stage = PPO("ppo", policy=str(pipeline["lm"]), reward=str(pipeline["pm"]), tests=(str(pipeline["pm_test"]),), data=PAIRS,
                 prompt_len=32, sampling=Sampling(12), batch_size=16, steps=STEPS, epochs=2, minibatches=2, save_every=2,
                 eval_every=3, eval_prompts=20, optim=OptimConfig(1e-3), value_optim=OptimConfig(1e-3),
-                kl=KLConfig(0.01, target=0.5, horizon=100), mesh=MeshConfig(2, 2, 2))  # fmt: skip
+                kl=KLConfig(0.01, target=0.5, horizon=100), mesh=MeshConfig(2, 2, 2), packed=True)  # fmt: skip
     return replace(stage, **changes)
 
 
@@ -163,6 +163,16 @@ def test_minibatches_hold_every_sample_once_an_epoch(pipeline, micro):
                 end = cut.end[place]
                 n = rows.length[sample] - 5
                 assert cut.tokens[shard].ravel()[end - n - 1 : end + 1].tolist() == [*tokens[sample, 5 : 5 + n], 1, 2]
+
+
+def test_a_row_a_reply_gives_the_same_run(finished, pipeline, context, tmp_path):
+    """But for rounding: the same minibatches, read in another layout."""
+    stage = make_ppo(pipeline, packed=False, steps=2)
+    rlhf.run(stage, context(stage, tmp_path / "run"))
+    assert not rlhf.is_packed(replace(stage, packed=None), 4) and rlhf.is_packed(replace(stage, packed=None, batch_size=128), 4)
+    for plain, packed in zip(iterations(tmp_path / "run"), iterations(finished)):
+        for name in ("score", "kl_k1", "loss", "policy_loss", "value_loss", "grad_norm", "explained_variance", "length"):
+            assert plain[name] == pytest.approx(packed[name], rel=5e-3, abs=2e-4), name
 
 
 def test_a_stopped_run_goes_on_as_if_nothing_had_been(finished, pipeline, context, tmp_path):
