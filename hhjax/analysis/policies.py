@@ -189,7 +189,7 @@ def load_detections(index: Path, only: str = "*", stage: str = "*") -> list[dict
 def detection_figure(draws: Sequence[dict], path: Path) -> str:
     """Figure 22: scores of inside and outside prompts (of the first stage), and AUROC by method.
 
-    draws: Detect stages of one model that differ in noise and in what probes are shown. Bars are the standard deviation over them, of one
+    draws: Detect stages of one model that differ in noise or split, and in what probes are shown. Bars are the standard deviation over them, of one
     stage over the draws of what a probe is shown.
     """
     fig, axes = plt.subplots(1, 2, figsize=(10, 3.6))
@@ -212,7 +212,7 @@ def detection_figure(draws: Sequence[dict], path: Path) -> str:
     said = "AUROC " + ", ".join(f"{n.replace('_', ' ')} {m:.3f}" for n, m in zip(drawn, means)) + "."
     claim = ("Paper (Fig. 22, section B.9): the simplified relative score beats the plain Mahalanobis distance (0.85 at 52B, middle "
              "layers); ten harmful examples bring 0.94.")  # fmt: skip
-    said += f" One model, {len(draws)} draws of noise, bars their standard deviation." if len(draws) > 1 else ""
+    said += f" One model, {len(draws)} draws of noise or of the split, bars their standard deviation." if len(draws) > 1 else ""
     return finish(fig, path, claim, said, {"auroc": [line]})
 
 
