@@ -20,7 +20,7 @@ from tension_hh import small
 from hhjax.data.comparisons import ComparisonData
 from hhjax.experiment import Comparisons, Experiment, Run, edit
 
-PROMPTS, EACH = 600, 440  # prompts of a tranche, and comparisons a PM takes of it: a fifth is held out, some replies are equal
+PROMPTS, EACH = 600, 400  # prompts of a tranche, and comparisons a PM takes of it: a quarter is held out, some replies cannot be used
 GOLD = replace(HALVES[1], name="gold")
 SAMPLED = {"data": HELPFUL, "prompt_len": RL.prompt_len, "sampling": RL.sampling}
 # The better reply by gold always wins: its differences between replies are small beside the noise of a Bradley-Terry label.
@@ -29,8 +29,9 @@ POLICY = replace(RL, tests=("gold",), steps=100, save_every=25)
 
 
 def pm(name: str, *tranches: str):
-    """From scratch on all tranches, as after every week of the paper's loop."""
-    return replace(MIXED, name=name, data=ComparisonData(tranches, shares=(1.0,) * len(tranches), limit=EACH * len(tranches)))
+    """From scratch on all tranches, as after every week of the paper's loop. Their openings are none of fold 0's test, so that another
+    fold must say what is held out."""
+    return replace(MIXED, name=name, data=ComparisonData(tranches, shares=(1.0,) * len(tranches), limit=EACH * len(tranches), fold=1))
 
 
 def tranche(name: str, number: int, **changes) -> Comparisons:
@@ -51,9 +52,9 @@ ARMS = {
         pm("pm_control", "base", "base_2", "base_3"),
     ),
 }
-FAST = {"pm_base.data.limit": 30, "pm_online.data.limit": 90, "pm_control.data.limit": 90, "online.policies": ("lm", "ppo_base")} | {
-    f"{name}.prompts": 64 for name in ("base", "rejection", "online", "base_2", "base_3")} | {
-    f"{name}.skip": 64 * number for name, number in (("rejection", 1), ("online", 2), ("base_2", 1), ("base_3", 2))}  # fmt: skip
+FAST = {"pm_base.data.limit": 32, "pm_online.data.limit": 96, "pm_control.data.limit": 96, "online.policies": ("lm", "ppo_base")} | {
+    f"{name}.prompts": 320 for name in ("base", "rejection", "online", "base_2", "base_3")} | {
+    f"{name}.skip": 320 * number for name, number in (("rejection", 1), ("online", 2), ("base_2", 1), ("base_3", 2))}  # fmt: skip
 
 
 def runs(fast: bool = False, seeds: int = 1):
