@@ -4,9 +4,9 @@ Question   AUROC of out-of-distribution scores of harmless-base openings, fitted
            shown 1, 10 or 100 of what is outside.
 Figure     Paper Figures 22 and 23, section 5.4.
 Expected   The paper: the simplified relative score beats the plain Mahalanobis distance, 0.85 at 52B in middle layers; a probe shown
-           ten examples has 0.94 at 52B and 0.86 at 13M. A model of 0.4M should have less. Openings alone, since dialogues differ in
-           length too; sides and splits are by their hash, so that no opening is on two.
-Cost       An estimate: 5 minutes on 2 cores beside pm_hh.py, whose tokenizer and language model it shares.
+           ten examples has 0.94 at 52B and 0.86 at 13M. A model of 0.4M should have less: it was near chance (results/hh.md). Openings
+           alone, since dialogues differ in length too; training and test openings are told by their hash, so that none is on both sides.
+Cost       A minute a layer and split on 2 cores that three other jobs shared, beside pm_hh.py, whose tokenizer and language model it shares.
 Command    hhjax run experiments/detection_hh.py
            python scripts/plot_detection.py runs/experiments/detection_hh.json --only '*layer=1*'
 """

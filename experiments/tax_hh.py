@@ -1,11 +1,13 @@
 """What does RLHF on people's comparisons cost a small model on public exams?
 
 Question   Accuracy on ARC-easy, HellaSwag, MMLU and the last words of LAMBADA before and after PPO, by size, with and without
-           examples, and how many nats the right option costs, which tells more where accuracy is near chance.
+           examples; and the nats of the right option among four, which resolve more. Options are scored whole, so that their lengths
+           differ by tens of nats where words do by a few: only the change in nats on the same questions says something.
 Figure     Capability before and after by size (paper Figures 3 and 28).
 Expected   The paper: a tax for small models, a bonus for large ones. Models of 0.1M and 0.4M parameters are near chance (0.25) on what
            must be known, so that little is there to lose; last words and continuations are what they can choose at all.
-Cost       An estimate: 15 minutes on 2 cores at one seed beside tension_hh.py, whose policy of both it shares.
+Cost       On 2 cores that three other jobs shared: three and a half minutes an exam of 0.4M beside tension_hh.py, whose policy of both it
+           shares. The language model and the policy of 0.1M were not measured; 20 minutes are an estimate.
 Command    hhjax run experiments/tax_hh.py
            python scripts/plot_tax.py runs/experiments/tax_hh.json
 """

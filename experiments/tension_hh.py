@@ -5,7 +5,8 @@ Question   What do held-out preference models of either kind think of each polic
 Figures    Reward against sqrt(KL) on test PMs of both kinds; behaviours before and after (paper Figures 1, 14, section 4.4).
 Expected   Paper section 4.4: harmlessness is over-optimised before helpfulness, so that the policy of both grows evasive. Each
            policy of one kind should lose on the other kind's test PM, since those PMs are far below chance on it (results/pm_hh.md).
-Cost       An estimate: 30 minutes on 2 cores at one seed beside rlhf_hh.py, whose tokenizer, language model and helpful PMs it shares.
+Cost       On 2 cores that three other jobs shared, one seed: 11, 16 and 10 minutes a policy and a minute a PM, beside rlhf_hh.py, whose
+           tokenizer, language model and helpful PMs it shares.
 Command    hhjax run experiments/tension_hh.py
            python scripts/plot_behaviour.py runs/experiments/tension_hh.json
            python scripts/plot_reward_vs_sqrt_kl.py runs/experiments/tension_hh.json
