@@ -1,8 +1,8 @@
 """What does RLHF on people's comparisons cost a small model on public exams?
 
 Question   Accuracy on ARC-easy, HellaSwag, MMLU and the last words of LAMBADA before and after PPO, by size, with and without
-           examples; and the nats of the right option among four, which resolve more. Options are scored whole, so that their lengths
-           differ by tens of nats where words do by a few: only the change in nats on the same questions says something.
+           examples; and the nats of the right option among four, which resolve more. Options are scored whole and their lengths weigh
+           tens of nats, so that only the change on the same questions says something.
 Figure     Capability before and after by size (paper Figures 3 and 28).
 Expected   The paper: a tax for small models, a bonus for large ones. Models of 0.1M and 0.4M parameters are near chance (0.25) on what
            must be known, so that little is there to lose; last words and continuations are what they can choose at all.
