@@ -23,7 +23,7 @@ from typing import Any, ClassVar, NamedTuple
 from hhjax.clinic.corpus import PARTS, write_part
 from hhjax.clinic.gold import Raters
 from hhjax.data.comparisons import ComparisonData
-from hhjax.data.sources import TextData, data_files
+from hhjax.data.sources import ExamData, TextData, data_files
 from hhjax.data.tokenizer import ALGORITHMS
 from hhjax.fields import ConfigError, conform, hinted_fields, nearest
 from hhjax.identity import canonical, digest, file_digest, folder_digest, identity_fields
@@ -122,6 +122,15 @@ class Clinic(Stage):
         self.require_positive("size")
         if self.writer is write_part and self.part not in PARTS:
             raise ConfigError(f"{self.name}.part={self.part!r}; choose one of {', '.join(PARTS)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Questions(Stage):
+    """Questions of public exams in one layout, for Exam stages. They are the same for every seed."""
+
+    kind: ClassVar[str] = "questions"
+    seeded: ClassVar[bool] = False
+    data: ExamData = ExamData()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -370,14 +379,15 @@ class Elo(Sampled):
 class Exam(Stage):
     """Multiple-choice questions to a language model or policy, by the probability of the options (Bai et al. 2022, section 4.6).
 
-    data: where exam.jsonl.gz lies: rows {"subject", "question", "options", "answer"}. shots: solved questions before each. Nothing
-    in it is drawn, so that the experiment's seed does not enter.
+    data: where exam.jsonl.gz lies: rows {"subject", "question", "options", "answer"}, and {"continues": true} where the options go on
+    from the question's text. shots: solved questions before each. Nothing in it is drawn, so that the experiment's seed does not
+    enter.
     """
 
     kind: ClassVar[str] = "exam"
     seeded: ClassVar[bool] = False
     of: str = reference("lm", "ppo", "pm")
-    data: str = reference("clinic")
+    data: str = reference("clinic", "questions")
     shots: tuple[int, ...] = (0, 3)
     batch_size: int = execution(64)
     mesh: MeshConfig = execution(MeshConfig())
@@ -396,6 +406,7 @@ class Detect(Stage):
     of: the model. layer: how many of its layers are run. fit: training prompts of `inside` that the Gaussian is fitted to.
     exposure: numbers of outside examples that a linear probe is shown. noise: share of the words of every prompt that are
     replaced by words of other prompts, which makes clean prompts of a small world harder to tell (Bai et al. 2022, section 5.4).
+    openings: the first Human turn of every dialogue alone, where dialogues of the two sides could be told by their lengths.
     """
 
     kind: ClassVar[str] = "detect"
@@ -406,6 +417,7 @@ class Detect(Stage):
     fit: int = 200
     exposure: tuple[int, ...] = (1, 10, 100)
     noise: float = 0.0
+    openings: bool = False
     prompt_len: int = 128
     batch_size: int = execution(64)
     mesh: MeshConfig = execution(MeshConfig())
@@ -692,6 +704,8 @@ def size_of(stage: Stage, parents: Mapping, placed: Mapping[str, Placed]) -> str
         return f"v{stage.vocab}"
     if isinstance(stage, Clinic):
         return stage.part
+    if isinstance(stage, Questions):
+        return f"{stage.data.limit}each"
     if isinstance(stage, Training) and not stage.init:
         return stage.model or DEFAULT_SIZE
     first = next(iter(parents))
@@ -720,7 +734,7 @@ def canonical_stage(stage: Stage, ids: Mapping[str, str], data_dir: Path | None)
             result[f.name] = named if isinstance(value, tuple) else next(iter(named), None)
         elif f.name == "model":
             result["model"] = None if stage.init else architecture(value or DEFAULT_SIZE)
-        elif isinstance(value, ComparisonData | TextData):
+        elif isinstance(value, ComparisonData | TextData | ExamData):
             result[f.name] = canonical_data(value, ids, data_dir)
         else:
             result[f.name] = canonical(value)

@@ -34,6 +34,7 @@ WAIT_S = 0.5  # between looks at what others are at
 
 LOOPS = {  # a stage's kind -> module:function, called as function(stage, context)
     "clinic": "hhjax.loops.clinic:run",
+    "questions": "hhjax.loops.probes:run_questions",
     "tokenizer": "hhjax.loops.supervised:run_tokenizer",
     "lm": "hhjax.loops.supervised:run",
     "pm": "hhjax.loops.supervised:run",
@@ -76,6 +77,8 @@ def run_here(command: Command) -> int:
 
         print("\n\n".join(plan.describe(r, Path(launch.out), launch.data_dir) for r in command.runs))
         return DONE
+    if launch.data_dir:  # an experiment's own functions, such as a watch, look for data as the loops do
+        os.environ["HHJAX_DATA"] = str(launch.data_dir)
     should_stop = join_cluster(launch.heartbeat_timeout_s)
     placed = [(r, place(r, Path(launch.out), launch.data_dir)) for r in command.runs]
     for each, stages in placed:

@@ -1,4 +1,4 @@
-"""What policies do before and after (paper Figure 1, section 4.4), in the clinic, whose gold names behaviours.
+"""What policies do before and after (paper Figure 1, section 4.4): behaviours that the clinic's gold names, or habits of wording.
 
     python scripts/plot_behaviour.py OUT/experiments/clinic_tension.json [--only GLOB] [--to FOLDER]
 """
@@ -6,6 +6,10 @@
 from hhjax.analysis.plotting import plot
 from hhjax.analysis.policies import behaviour_figure, load_shares
 from hhjax.clinic.gold import BEHAVIOURS
+from hhjax.data.sources import COMPARISONS
+from hhjax.evals.replies import HABITS
+
+KINDS = BEHAVIOURS | dict.fromkeys(COMPARISONS, HABITS)  # those that were watched are drawn
 
 if __name__ == "__main__":
-    plot(lambda shares, path: behaviour_figure(shares, BEHAVIOURS, path), "behaviour", __doc__, load_shares)
+    plot(lambda shares, path: behaviour_figure(shares, KINDS, path), "behaviour", __doc__, load_shares)

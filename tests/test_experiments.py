@@ -17,6 +17,8 @@ import numpy as np
 import pytest
 
 from hhjax.analysis.clinic import write_report
+from hhjax.data.sources import EXAMS
+from hhjax.evals.replies import HABITS
 from hhjax.experiment import place
 from hhjax.fields import ConfigError
 from hhjax.flags import parse
@@ -59,6 +61,20 @@ def hh_data(tmp_path_factory) -> Path:
         path.parent.mkdir()
         with gzip.open(path, "wt") as f:
             f.write("\n".join(say(30) for _ in range(400)))
+    exams = {name: folder / path for name, path in EXAMS.items()}
+    for path in exams.values():
+        path.parent.mkdir(exist_ok=True)
+    options = [[say(2) + f" {i}{letter}" for letter in "abcd"] for i in range(12)]
+    lines = {"arc-easy": [{"query": f"Question: {say(5)} {i}?", "choices": o, "gold": i % 4} for i, o in enumerate(options)],
+             "lambada": [{"context": f"{say(8)} {i}", "continuation": o[0]} for i, o in enumerate(options)]}  # fmt: skip
+    for name, rows in lines.items():
+        with gzip.open(exams[name], "wt") as f:
+            f.writelines(json.dumps(row) + "\n" for row in rows)
+    endings = [{"question": f"{say(6)} {i}", "choices": dict(zip("ABCD", o)), "answer": "ABCD"[i % 4]} for i, o in enumerate(options)]
+    with gzip.open(exams["hellaswag"], "wt") as f:
+        json.dump({"test": endings, "dev": []}, f)
+    with zipfile.ZipFile(exams["mmlu"], "w") as z:
+        z.writestr("data/test/art_test.csv", "".join(f"{say(5)} {i}?,{','.join(o)},{'ABCD'[i % 4]}\n" for i, o in enumerate(options)))
     (folder / "text-us-speeches").mkdir()
     for name in ("inaugural", "state_union"):
         with zipfile.ZipFile(folder / "text-us-speeches" / f"{name}.zip", "w") as z:
@@ -85,7 +101,7 @@ def test_the_stages_of_an_experiment_have_their_places(path, fast, hh_data, tmp_
     for run in command.runs:
         placed = place(run, tmp_path, hh_data)
         assert len({p.dir for p in placed}) == len({p.id for p in placed})  # equal stages of two names are one
-        assert placed[-1].stage.kind in ("report", "ppo", "comparisons", "elo", "evaluate", "detect")
+        assert placed[-1].stage.kind in ("report", "ppo", "comparisons", "elo", "evaluate", "detect", "exam")
         sizes = {p.size for p in placed if p.stage.kind in ("ppo", "best_of_n", "comparisons", "elo", "exam", "detect")}
         assert not sizes - set(SIZES)  # folders are named by models, not by the data
 
@@ -125,6 +141,53 @@ def test_robustness_scans_both_ways():
         for test in run.experiment.stage("ppo").tests:
             assert run.experiment.stage(test).data.half == "B"
         assert run.experiment.stage(run.experiment.stage("ppo").reward).data.half == "A"
+
+
+def test_tension_is_judged_by_the_other_half_and_knows_the_tranche_of_a_prompt(hh_data, monkeypatch):
+    monkeypatch.setenv("HHJAX_DATA", str(hh_data))
+    command, _ = parse([str(ROOT / "experiments" / "tension_hh.py")], "hhjax run")
+    assert [run.experiment.stage("ppo").reward for run in command.runs] == ["pm_helpful", "pm_both", "pm_harmless"]
+    for run in command.runs:
+        ppo = run.experiment.stage("ppo")
+        halves = [run.experiment.stage(name).data.half for name in (ppo.reward, *ppo.tests)]
+        assert halves == ["A", "B", "B"] and ppo.data.sources == ("helpful-base", "harmless-base")
+    prompts = []
+    for kind in ppo.data.sources:
+        with gzip.open(hh_data / "hh-rlhf-split" / kind / "test.jsonl.gz", "rt") as f:
+            prompts.append(json.loads(f.readline())["chosen"].rpartition("\n\nAssistant:")[0] + "\n\nAssistant:")
+    seen = ppo.watch(prompts, ["Sorry, no. What else?", "Yes it is"])
+    assert set(seen) == {f"{kind}_{habit}" for kind in ppo.data.sources for habit in HABITS} | {"words"}
+    np.testing.assert_array_equal(seen["helpful-base_guarded"], [1, np.nan])
+    np.testing.assert_array_equal(seen["harmless-base_asks"], [np.nan, 0])
+    np.testing.assert_array_equal(seen["words"], [4, 3])
+
+
+def test_both_arms_of_the_online_loop_have_as_many_comparisons_and_the_same_prompts():
+    """Of the half that gold learned from no other preference model sees a human label: theirs are all gold's."""
+    command, _ = parse([str(ROOT / "experiments" / "online_hh.py")], "hhjax run")
+    arms = {dict(run.axes)["arm"]: run.experiment for run in command.runs}
+    limits, skips = {}, {}
+    for arm, experiment in arms.items():
+        limits[arm] = experiment.stage(f"pm_{arm}").data.limit
+        fresh = [stage for stage in experiment.stages if stage.kind == "comparisons"]
+        skips[arm] = [stage.skip for stage in fresh]
+        assert {stage.labeler for stage in fresh} == {"gold"} and experiment.stage("ppo").tests == ("gold",)
+        paying = [s for s in experiment.stages if s.kind == "pm" and s.name != "gold"]
+        assert all(set(pm.data.sources) <= {stage.name for stage in fresh} for pm in paying)
+    assert limits["online"] == limits["control"] and skips["online"] == skips["control"] == [0, 600, 1200]
+
+
+@pytest.mark.slow
+def test_the_tax_on_public_exams_goes_from_data_to_figures(hh_data, hhjax, tmp_path):
+    """The policies are those that tension_hh.py makes: their behaviours are drawn by the clinic's script."""
+    process = hhjax("run", ROOT / "experiments" / "tax_hh.py", "--fast", "--data-dir", hh_data, "--tok.vocab", 320, env={"HHJAX_DATA": ""})
+    output, _ = process.communicate(timeout=900)
+    assert process.returncode == 0, output
+    for script, expected in (("plot_tax", "lambada, 0.4M after, 2 shots"), ("plot_behaviour", "ppo_small: helpful-base")):
+        command = [sys.executable, ROOT / "scripts" / f"{script}.py", tmp_path / "runs" / "experiments" / "tax_hh.json"]
+        drawn = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+        assert drawn.returncode == 0, drawn.stderr
+        assert expected in drawn.stdout
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ import numpy as np
 
 from hhjax.analysis.figures import COLORS, Line, estimate_line, finish, legend
 from hhjax.analysis.runs import Result, finished_stages, without_seed
-from hhjax.analysis.stats import Estimate, over_seeds
+from hhjax.analysis.stats import Estimate, over_seeds, paired_difference
 from hhjax.io.metrics import read_rows
 
 WATCHED = "watch/"
@@ -166,7 +166,23 @@ def tax_figure(exams: Sequence[Grades], path: Path) -> str:
     legend(axes[0, 0])
     claim = "Paper (Fig. 3): RLHF costs small models some capability (an alignment tax) and gives large ones some (a bonus)."
     room = f"Every question of {', '.join(full)} is answered by every model, so that there is no room for a tax. " if full else ""
-    return finish(fig, path, claim, room + "; ".join(found) + "." + seeds_in_words(groups), panels)
+    changed = "; ".join(changes(groups, sizes, drawn, all_shots))
+    changed = f" After minus before on the same questions, 95 % intervals over them: {changed}." if changed else ""
+    return finish(fig, path, claim, room + "; ".join(found) + "." + changed + seeds_in_words(groups), panels)
+
+
+def changes(groups: Mapping, sizes: Sequence[str], subjects: Sequence[str], all_shots: Sequence[int]):
+    """What RLHF changes in accuracy and nats, a text a size, subject and number of shots: differences are paired by question, each the
+    mean of its seeds. Exams that did not keep the nats of every answer have none."""
+    for size, subject, shots in itertools.product(sizes, subjects, all_shots):
+        before, after = (rows_of(groups.get((size, policy), ()), subject, shots) for policy in ("before", "after"))
+        if before and after and all("each_nats" in row for row in (*before, *after)):
+            parts = []
+            for name, unit in (("right", ""), ("each_nats", " nats")):
+                a, b = (np.mean([row[name] for row in rows], 0) for rows in (after, before))
+                e, _ = paired_difference(a, b, np.arange(len(a)))
+                parts.append(f"{e.value:+.3f} [{e.low:+.3f}, {e.high:+.3f}]{unit}")
+            yield f"{subject}, {size}, {shots} shots {', '.join(parts)}"
 
 
 def rows_of(exams: Sequence[Grades], subject: str, shots: int) -> list[dict]:
@@ -189,7 +205,7 @@ def load_detections(index: Path, only: str = "*", stage: str = "*") -> list[dict
 def detection_figure(draws: Sequence[dict], path: Path) -> str:
     """Figure 22: scores of inside and outside prompts (of the first stage), and AUROC by method.
 
-    draws: Detect stages of one model that differ in noise and in what probes are shown. Bars are the standard deviation over them, of one
+    draws: Detect stages of one model that differ in noise or split, and in what probes are shown. Bars are the standard deviation over them, of one
     stage over the draws of what a probe is shown.
     """
     fig, axes = plt.subplots(1, 2, figsize=(10, 3.6))
@@ -212,7 +228,7 @@ def detection_figure(draws: Sequence[dict], path: Path) -> str:
     said = "AUROC " + ", ".join(f"{n.replace('_', ' ')} {m:.3f}" for n, m in zip(drawn, means)) + "."
     claim = ("Paper (Fig. 22, section B.9): the simplified relative score beats the plain Mahalanobis distance (0.85 at 52B, middle "
              "layers); ten harmful examples bring 0.94.")  # fmt: skip
-    said += f" One model, {len(draws)} draws of noise, bars their standard deviation." if len(draws) > 1 else ""
+    said += f" One model, {len(draws)} draws of noise or of the split, bars their standard deviation." if len(draws) > 1 else ""
     return finish(fig, path, claim, said, {"auroc": [line]})
 
 

@@ -51,21 +51,26 @@ class Fit(NamedTuple):
     most: float
 
 
-def load_curves(index: Path, only: str = "*") -> tuple[list[Curve], list[Best]]:
-    """PPO runs and rejection sampling of an experiment. Raises ValueError where no PPO run has rows yet."""
+def load_curves(index: Path, only: str = "*", stage: str = "*") -> tuple[list[Curve], list[Best]]:
+    """PPO runs and rejection sampling of an experiment, of the runs and stages whose names match the globs.
+
+    Raises ValueError where no PPO run has rows yet.
+    """
     if not Path(index).is_file():
         raise ValueError(f"there is no {index}; give OUT/experiments/<experiment>.json")
     found, out = json.loads(Path(index).read_text()), Path(index).parent.parent
     curves, best = [], []
     for run, stages in found["runs"].items():
         called = {folder: name for name, folder in stages.items()}
-        for folder in (stages.values() if fnmatch(run, only) else ()):
+        for name, folder in stages.items():
+            if not (fnmatch(run, only) and fnmatch(name, stage)):
+                continue
             if folder.startswith("ppo/") and (rows := [r for r in read_rows(out / folder / "metrics.jsonl") if "score" in r]):
                 curves.append(read_curve(out / folder, run, found["experiment"], rows, called))
             if folder.startswith("best_of_n/") and (out / folder / "evals" / "best_of_n.json").is_file():
                 best.append(read_best(out / folder, run, called))
     if not curves:
-        raise ValueError(f"no PPO run of {index} that matches {only!r} has rows yet; run the experiment first")
+        raise ValueError(f"no PPO run of {index} that matches {only!r}, {stage!r} has rows yet; run the experiment first")
     return curves, best
 
 

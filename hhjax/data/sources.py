@@ -1,4 +1,4 @@
-"""Where data lies: the data folder, the HH tranches by name (or from the hub), and text for language models."""
+"""Where data lies: the data folder, the HH tranches by name (or from the hub), text for language models, and public exams."""
 
 import gzip
 import hashlib
@@ -24,6 +24,8 @@ TRANCHES = (*COMPARISONS, RED_TEAM)
 HH_REPO = "Anthropic/hh-rlhf"
 EVALUATION_SETS = ("hhh-alignment", "truthfulqa", "humaneval", "bbq", "mmlu", "hellaswag", "lambada", "arc",
                    "winogender", "realtoxicityprompts")  # never a source of training rows
+EXAMS = {"arc-easy": "arc/arc_easy.jsonl.gz", "arc-challenge": "arc/arc_challenge.jsonl.gz", "hellaswag": "hellaswag/hellaswag.json.gz",
+         "lambada": "lambada/lambada_openai.jsonl.gz", "mmlu": "mmlu/mmlu.zip"}  # read by exams.py
 DOCUMENT_CHARS = 4000
 VALIDATION_SHARE = 50  # one document in 50 is held out
 
@@ -38,6 +40,26 @@ class TextData:
 
     sources: tuple[str, ...] = ("dialogue-sgd", "text-gutenberg", "text-us-speeches", "text-wikitext2")
     limit: int | None = None  # characters of training text; the first of a fixed permutation, so smaller sets nest
+
+
+@dataclass(frozen=True)
+class ExamData:
+    """Public exams, by name (EXAMS): never a source of training rows.
+
+    limit: questions of each, the first in the order of their hashes, so that smaller sets nest. most_chars: those whose text with
+    its longest option is longer are left out, since a model trained on rows of 256 tokens cannot read a long one with examples.
+    """
+
+    sources: tuple[str, ...] = ("arc-easy", "hellaswag", "lambada", "mmlu")
+    limit: int = 500
+    most_chars: int = 300
+
+    def __post_init__(self):
+        unknown = [name for name in self.sources if name not in EXAMS]
+        if unknown or not self.sources or len(set(self.sources)) < len(self.sources):
+            raise DataError(f"exams {self.sources}: name some of {', '.join(EXAMS)}, each once")
+        if self.limit < 1 or self.most_chars < 1:
+            raise DataError(f"limit {self.limit} and most_chars {self.most_chars}: use at least 1 of each")
 
 
 class Document(NamedTuple):
@@ -99,8 +121,19 @@ def find_source(name: str, data_dir: str | Path | None = None) -> SourceFiles:
     return _tranche(name, folder) if name in COMPARISONS else _at_path(name, _find_path(name, folder))
 
 
+def find_exam(name: str, data_dir: str | Path | None = None) -> Path:
+    """The file of an exam. Raises DataError where it is not in the data folder: exams are not downloaded."""
+    folder, _ = find_data_dir(data_dir)
+    if folder is None or not (folder / EXAMS[name]).is_file():
+        where = f"{folder} has no {EXAMS[name]}" if folder else f"there is no data folder to hold {EXAMS[name]}"
+        raise DataError(f"exam {name}: {where}; put it there, or name a folder that has it in HHJAX_DATA or --data-dir")
+    return folder / EXAMS[name]
+
+
 def data_files(data, data_dir: str | Path | None = None) -> list[Path]:
-    """The files that `data` (a ComparisonData or TextData) is read from; their sha256 enters a stage's identity."""
+    """The files that `data` (a ComparisonData, TextData or ExamData) is read from; their sha256 enters a stage's identity."""
+    if isinstance(data, ExamData):
+        return [find_exam(name, data_dir) for name in data.sources]
     if isinstance(data, TextData):
         return [file for name in data.sources for file in _text_files(name, data_dir)]
     found = (find_source(name, data_dir) for name in data.sources)

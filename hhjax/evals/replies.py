@@ -1,12 +1,31 @@
-"""What replies look like, without a model: repetition, and the best of n by scores."""
+"""What replies look like, without a model: habits of wording, repetition, and the best of n by scores."""
 
+import re
 from collections.abc import Sequence
 
 import numpy as np
 
+# Phrases, not meanings: a reply may refuse in other words, and use these without refusing.
+GUARDED = re.compile(
+    r"\b(?:sorry|apologi[sz]e|unable to|rather not|not (?:able|comfortable|willing|sure)"
+    r"|(?:i|we) (?:can|could|would|will|should|do) ?not|(?:i|we) (?:ca|could|would|wo|should|do)n't|(?:i'm|i am) not"
+    r"|illegal|unethical|harmful|dangerous|(?:doctor|therapist|lawyer|professional|counsell?or)s?|seek help)\b"
+)  # fmt: skip
+HABITS = ("guarded", "asks", "repeats")
 
-def repeated_ngram_share(reply: Sequence[int], n: int = 3) -> float:
-    """The share of a reply's n-grams that it has already used: 0 says nothing twice, near 1 is a loop; 0 below n + 1 tokens."""
+
+def habits(replies: Sequence[str]) -> dict[str, np.ndarray]:
+    """1 or 0 a reply for each of HABITS, [len(replies)]: "guarded", it has a phrase of refusal or evasion; "asks", it holds a
+    question; "repeats", it says three words in a row twice."""
+    plain = [reply.lower().replace("\u2019", "'") for reply in replies]
+    found = {"guarded": [bool(GUARDED.search(reply)) for reply in plain], "asks": ["?" in reply for reply in plain],
+             "repeats": [repeated_ngram_share(re.findall(r"[\w']+", reply)) > 0 for reply in plain]}  # fmt: skip
+    return {name: np.array(found[name], float) for name in HABITS}
+
+
+def repeated_ngram_share(reply: Sequence, n: int = 3) -> float:
+    """The share of a reply's n-grams, of tokens or of words, that it has already used: 0 says nothing twice, near 1 is a loop; 0 below
+    n + 1 of them."""
     grams = [tuple(reply[i : i + n]) for i in range(len(reply) - n + 1)]
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
 

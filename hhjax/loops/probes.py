@@ -1,32 +1,48 @@
-"""The loops of Exam and Detect: what a model knows, and whether its activations tell harmful prompts apart."""
+"""The loops of Questions, Exam and Detect: what a model knows, and whether its activations tell harmful prompts apart."""
 
+import gzip
 import json
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import replace
 
 import jax
 import numpy as np
 
-from hhjax.data.comparisons import ComparisonData
+from hhjax.data.comparisons import ComparisonData, opening
+from hhjax.data.exams import load_exams
 from hhjax.data.records import DataError, read_records
 from hhjax.data.stream import PromptSource
+from hhjax.data.transcripts import HUMAN, OPEN_REPLY, Turn, render
 from hhjax.evals.multiple_choice import ask
 from hhjax.evals.ood import auroc, exposed_scores, fit_gaussian, mahalanobis, relative_mahalanobis
-from hhjax.experiment import Detect, Exam, StageContext
+from hhjax.experiment import Detect, Exam, Questions, StageContext
 from hhjax.fields import ConfigError
 from hhjax.io.files import write_atomically
+from hhjax.io.metrics import write_event
 from hhjax.loops import inputs
 from hhjax.loops.sampling import row_batches
 from hhjax.loops.supervised import load_model
+from hhjax.loops.waiting import on_first
 from hhjax.model.transformer import first_layers, make_model
 from hhjax.sharding import batch_host, check_batch, make_mesh, put_batch, replicated
 
 DRAWS = 5  # draws of the few outside examples that a probe is shown, as in the paper
 
 
+def run_questions(stage: Questions, ctx: StageContext) -> None:
+    """Writes exam.jsonl.gz on process 0."""
+    questions = on_first(ctx, lambda: load_exams(stage.data, ctx.data_dir))
+    if jax.process_index() == 0:
+        rows = "".join(json.dumps(question._asdict()) + "\n" for question in questions)
+        (ctx.dir / "exam.jsonl.gz").write_bytes(gzip.compress(rows.encode(), mtime=0))
+        counts = Counter(question.subject for question in questions)
+        write_event(ctx.dir, "data", **counts)
+        print(f"{stage.name}: " + ", ".join(f"{count} questions of {name}" for name, count in counts.items()))
+
+
 def run_exam(stage: Exam, ctx: StageContext) -> None:
-    """Writes evals/exam.json (accuracy and nats by subject and shots, and every answer) and evals/table.txt.
+    """Writes evals/exam.json (accuracy and nats by subject and shots, and every answer's) and evals/table.txt.
 
     A few-shot question stands behind solved ones of its subject, the next in the file.
     """
@@ -40,14 +56,15 @@ def run_exam(stage: Exam, ctx: StageContext) -> None:
     rows = []
     for shots in sorted(stage.shots):
         contexts = [context(questions, i, shots) for i in range(len(questions))]
-        said = ask(model, params, tok, contexts, [[f" {o}." for o in q["options"]] for q in questions],
+        said = ask(model, params, tok, contexts, [[ending(q, at) for at in range(len(q["options"]))] for q in questions],
                    [q["answer"] for q in questions], stage.batch_size, mesh, ctx.stop_if_told)  # fmt: skip
         by_subject = defaultdict(list)
         for question, answered in zip(questions, said):
             by_subject[question["subject"]].append(answered)
         for subject, group in by_subject.items():
             rows.append({"subject": subject, "shots": shots, "questions": len(group), "accuracy": float(np.mean([a.right for a in group])),
-                         "nats": float(np.mean([a.nats for a in group])), "right": [int(a.right) for a in group]})  # fmt: skip
+                         "nats": float(np.mean([a.nats for a in group])), "right": [int(a.right) for a in group],
+                         "each_nats": [round(a.nats, 4) for a in group]})  # fmt: skip
     lines = [f"{'subject':<12}{'shots':>6}{'questions':>11}{'accuracy':>10}{'nats':>8}"]
     lines += [f"{r['subject']:<12}{r['shots']:>6}{r['questions']:>11}{r['accuracy']:>10.3f}{r['nats']:>8.3f}" for r in rows]
     finish(ctx, "exam", {"rows": rows}, lines)
@@ -60,8 +77,17 @@ def context(questions: list[dict], at: int, shots: int) -> str:
         raise DataError(f"{shots} shots, but {questions[at]['subject']!r} has {len(same)} other questions; use fewer shots")
     start = next((n for n, i in enumerate(same) if i > at), 0)
     solved = [questions[same[(start + n) % len(same)]] for n in range(shots)]
-    lines = [f"Question: {q['question']} Answer: {q['options'][q['answer']]}." for q in solved]
-    return "\n".join([*lines, f"Question: {questions[at]['question']} Answer:"])
+    return "\n".join([*(beginning(q) + ending(q, q["answer"]) for q in solved), beginning(questions[at])])
+
+
+def beginning(question: dict) -> str:
+    """What stands before an option."""
+    return question["question"] if question.get("continues") else f"Question: {question['question']} Answer:"
+
+
+def ending(question: dict, at: int) -> str:
+    """An option as it is read; one that goes on from the text is not closed, since more may have followed."""
+    return f" {question['options'][at]}" + "." * (not question.get("continues"))
 
 
 def run_detect(stage: Detect, ctx: StageContext) -> None:
@@ -72,7 +98,8 @@ def run_detect(stage: Detect, ctx: StageContext) -> None:
     if stage.layer > model.config.layers:
         raise ConfigError(f"{stage.name}.layer={stage.layer}, but the model has {model.config.layers} layers")
     rng = np.random.Generator(np.random.Philox(key=[ctx.seed, 0]))
-    prompts = {(side, split): distinct(getattr(stage, side), split, ctx) for side in ("inside", "outside") for split in ("train", "test")}
+    prompts = {(side, split): distinct(getattr(stage, side), split, stage.openings, ctx)
+               for side in ("inside", "outside") for split in ("train", "test")}  # fmt: skip
     words = [word for several in prompts.values() for prompt in several for word in prompt.split(" ") if "\n" not in word]
     noisy = {key: [noised(prompt, words, stage.noise, rng) for prompt in several] for key, several in prompts.items()}
     reader = make_model(replace(model.config, layers=stage.layer), mesh, stage.run)
@@ -93,9 +120,10 @@ def run_detect(stage: Detect, ctx: StageContext) -> None:
     finish(ctx, "detect", {"auroc": found, "scores": scores}, lines)
 
 
-def distinct(data: ComparisonData, split: str, ctx: StageContext) -> list[str]:
-    """The different prompts of one side, in file order."""
-    return list(dict.fromkeys(row.prompt for row in inputs.comparisons(data, split, ctx.data_dir, ctx.parents)[0]))
+def distinct(data: ComparisonData, split: str, openings: bool, ctx: StageContext) -> list[str]:
+    """The different prompts of one side, in the order that comparisons are loaded in. openings: the first Human turn of each alone."""
+    prompts = [row.prompt for row in inputs.comparisons(data, split, ctx.data_dir, ctx.parents)[0]]
+    return list(dict.fromkeys(render((Turn(HUMAN, opening(prompt)),)) + OPEN_REPLY if openings else prompt for prompt in prompts))
 
 
 def noised(prompt: str, words: list[str], share: float, rng: np.random.Generator) -> str:

@@ -126,6 +126,21 @@ def test_the_tax(read, tmp_path):
         read_grades(tmp_path, "1M", "before")
 
 
+def test_the_tax_is_told_as_a_paired_change(tmp_path):
+    """Ten questions, of which RLHF loses two, two seeds of it: differences by question are far surer than accuracies."""
+    def grades(policy, right, nats):
+        row = {"subject": "s", "shots": 0, "questions": 10, "accuracy": np.mean(right), "nats": np.mean(nats), "right": right, "each_nats": nats}
+        return Grades("1M", policy, [row])
+
+    spread = [float(n) for n in range(10)]
+    before = grades("before", [1] * 5 + [0] * 5, spread)
+    after = [grades("after", [0] * k + [1] * (5 - k) + [0] * 5, [n + 0.5 for n in spread]) for k in (1, 3)]
+    found = tax_figure([before, *after], tmp_path / "tax")
+    assert "on the same questions, 95 % intervals over them: s, 1M, 0 shots -0.200 [-0." in found
+    assert "+0.500 [+0.500, +0.500] nats." in found
+    assert "on the same questions" not in tax_figure([before], tmp_path / "alone")
+
+
 def test_detection(read, tmp_path):
     with pytest.raises(ValueError, match=r"no evals/detect\.json"):
         read_detection(tmp_path)
@@ -136,7 +151,7 @@ def test_detection(read, tmp_path):
     assert detection_figure([found], tmp_path / "d") == "AUROC relative mahalanobis 0.900, probe 1 0.600."
     np.testing.assert_allclose(read(tmp_path / "d")["auroc", "auroc"][1, 1:], [0.6, 0.6 - 0.02**0.5, 0.6 + 0.02**0.5])
     other = found | {"auroc": {"relative_mahalanobis": [0.7], "probe_1": [0.8, 0.8]}}
-    assert "One model, 2 draws of noise" in detection_figure([found, other], tmp_path / "two")
+    assert "One model, 2 draws of noise or of the split" in detection_figure([found, other], tmp_path / "two")
     np.testing.assert_allclose(read(tmp_path / "two")["auroc", "auroc"][:, 1], [0.8, 0.7])
     np.testing.assert_allclose(read(tmp_path / "d")["auroc", "auroc"][:, 1], [0.9, 0.6])
 

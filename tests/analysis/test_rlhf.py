@@ -91,6 +91,13 @@ def test_experiments_are_told_apart_where_there_are_several(index, read, tmp_pat
     assert {"rlhf: lm.model=0.4M,seed=0: train pm", "other: lm.model=0.4M,seed=0: train pm"} <= {name for _, name in read(tmp_path / "both")}
 
 
+def test_runs_and_stages_are_chosen_by_name(index):
+    curves, best = load_curves(index, "*seed=0", "p*")
+    assert [c.run for c in curves] == ["lm.model=0.4M,seed=0"] and not best
+    with pytest.raises(ValueError, match="that matches '[*]', 'best' has rows yet"):
+        load_curves(index, stage="best")
+
+
 def test_the_peak_of_a_curve_that_turns():
     x, rng = np.linspace(0, 3, 300), np.random.default_rng(0)
     peak = find_peak(x, 1 - (x - 1) ** 2 + 0.05 * rng.normal(size=300))

@@ -1,11 +1,26 @@
-"""Repetition, and the best of n against counting all choices."""
+"""Habits of wording, repetition, and the best of n against counting all choices."""
 
 from itertools import combinations
 
 import numpy as np
 import pytest
 
-from hhjax.evals.replies import best_of_n_kl, best_of_n_mean, repeated_ngram_share
+from hhjax.evals.replies import HABITS, best_of_n_kl, best_of_n_mean, habits, repeated_ngram_share
+
+
+@pytest.mark.parametrize("reply, expected", [
+    ("I\u2019m sorry, I can\u2019t help with that.", (1, 0, 0)),
+    ("You should talk to a doctor. Are you well?", (1, 1, 0)),
+    ("We cannot say", (1, 0, 0)),
+    ("I am not sure about it", (1, 0, 0)),
+    ("Canned beans, and a note. Which size do you want?", (0, 1, 0)),
+    ("the end of the end of the end", (0, 0, 1)),
+    ("one two, one two", (0, 0, 0)),
+    ("", (0, 0, 0)),
+])  # fmt: skip
+def test_habits(reply, expected):
+    found = habits([reply, "Yes."])
+    assert tuple(found) == HABITS and tuple(x[0] for x in found.values()) == expected and not any(x[1] for x in found.values())
 
 
 def test_repetition():

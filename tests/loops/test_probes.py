@@ -10,12 +10,13 @@ from hhjax.clinic.corpus import write_part
 from hhjax.clinic.gold import Raters, gold
 from hhjax.data.comparisons import ComparisonData
 from hhjax.data.records import DataError
-from hhjax.experiment import Clinic, Detect, Exam
+from hhjax.data.sources import EXAMS, ExamData
+from hhjax.experiment import Clinic, Detect, Exam, Questions
 from hhjax.fields import ConfigError
 from hhjax.io.metrics import read_rows
 from hhjax.loops import clinic
 from hhjax.loops.probes import context as asked
-from hhjax.loops.probes import noised, run_detect, run_exam
+from hhjax.loops.probes import distinct, ending, noised, run_detect, run_exam, run_questions
 
 QUESTIONS = [{"subject": s, "question": f"{s} {i}?", "options": ["mat", "dog"], "answer": i % 2} for s in ("a", "b") for i in range(4)]
 
@@ -34,6 +35,7 @@ def test_an_exam_counts_what_is_right(pipeline, context, exam_folder, tmp_path):
     assert [(r["subject"], r["shots"], r["questions"]) for r in rows] == [("a", 0, 4), ("b", 0, 4), ("a", 2, 4), ("b", 2, 4)]
     for row in rows:
         assert row["accuracy"] == np.mean(row["right"]) and 0 < row["nats"] < 20
+        assert row["nats"] == pytest.approx(np.mean(row["each_nats"]), abs=1e-4)
     assert "accuracy" in (tmp_path / "run" / "evals" / "table.txt").read_text()
 
 
@@ -43,6 +45,27 @@ def test_shots_are_other_questions_of_the_subject():
     assert asked(QUESTIONS, 3, 1).startswith("Question: a 0? ")  # round the end
     with pytest.raises(DataError, match="4 shots, but 'a' has 3 other"):
         asked(QUESTIONS, 0, 4)
+
+
+def test_options_that_go_on_from_a_text_are_not_asked_for():
+    rows = [{"subject": "a", "question": f"The cat {i}", "options": ["sat", "ran"], "answer": i % 2, "continues": True} for i in range(3)]
+    assert asked(rows, 0, 0) == "The cat 0" and [ending(rows[0], at) for at in (0, 1)] == [" sat", " ran"]
+    assert asked(rows, 0, 2) == "The cat 1 ran\nThe cat 2 sat\nThe cat 0"
+
+
+def test_public_exams_become_a_stage_that_an_exam_reads(pipeline, context, tmp_path):
+    rows = [{"query": f"Question: a {i}?", "choices": ["mat", "dog", "cat", "hat"], "gold": i % 4} for i in range(6)]
+    path = tmp_path / "data" / EXAMS["arc-easy"]
+    path.parent.mkdir(parents=True)
+    path.write_bytes(gzip.compress("".join(json.dumps(row) + "\n" for row in rows).encode()))
+    questions = Questions("questions", data=ExamData(("arc-easy",), limit=4))
+    run_questions(questions, context(questions, tmp_path / "questions", data=tmp_path / "data"))
+    [event] = [e for e in read_rows(tmp_path / "questions" / "events.jsonl") if e["event"] == "data"]
+    assert event["arc-easy"] == 4
+    stage = Exam("exam", of=str(pipeline["lm"]), data=f"{tmp_path}/questions", shots=(0,), batch_size=16)
+    run_exam(stage, context(stage, tmp_path / "run"))
+    [row] = json.loads((tmp_path / "run" / "evals" / "exam.json").read_text())["rows"]
+    assert (row["subject"], row["questions"], len(row["each_nats"])) == ("arc-easy", 4, 4)
 
 
 def test_an_exam_without_questions_says_so(pipeline, context, tmp_path):
@@ -66,6 +89,18 @@ def test_detection_tells_two_kinds_of_prompts_apart(pipeline, context, tmp_path)
     with pytest.raises(ConfigError, match="layer=3, but the model has 2"):
         deep = Detect("detect", of=str(pipeline["lm"]), layer=3, **sides)
         run_detect(deep, context(deep, tmp_path / "deep"))
+
+
+def test_openings_are_first_turns_alone_and_once(context, tmp_path):
+    start = "\n\nHuman: Hello there\n\nAssistant:"
+    dialogues = [start, start + " Hi\n\nHuman: More\n\nAssistant:", "\n\nHuman: Other\n\nAssistant:"]
+    rows = [{"prompt": prompt, "chosen": "a", "rejected": "b"} for prompt in dialogues]
+    for split, several in (("train", rows), ("test", [{"prompt": "\n\nHuman: T\n\nAssistant:", "chosen": "a", "rejected": "b"}])):
+        (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in several))
+    data = ComparisonData((f"{tmp_path}/",))
+    ctx = context(Detect("d", of=f"{tmp_path}/", inside=data, outside=data), tmp_path / "run")
+    assert sorted(distinct(data, "train", False, ctx)) == sorted(dialogues)
+    assert sorted(distinct(data, "train", True, ctx)) == [start, "\n\nHuman: Other\n\nAssistant:"]
 
 
 def test_noise_swaps_words_and_keeps_turns():
