@@ -224,10 +224,15 @@ def sampling(cfg: GenerateBench) -> dict:
         began = time.perf_counter()
         compiled = draw.lower(params, jax.random.key(0)).compile()
         compile_s = time.perf_counter() - began
+        drawn = []
+
+        def call(i):
+            drawn.append(compiled(params, jax.random.key(i)))
+            return drawn[-1]
+
         with tracing(cfg.profile):
-            timed = time_calls(lambda i: compiled(params, jax.random.key(i)), cfg)
-        drawn = [jax.device_get(compiled(params, jax.random.key(i))) for i in range(cfg.warmup, cfg.warmup + cfg.repeats)]
-        return timed, *np.array(drawn, float).T, compile_s
+            timed = time_calls(call, cfg)
+        return timed, *np.array(jax.device_get(drawn[cfg.warmup :]), float).T, compile_s
 
     whole, new, steps, compile_s = measure(cfg.response)
     prefill, *_ = measure(1)
