@@ -138,9 +138,9 @@ def generate(model: Model, params: Params, prompts: Tokens, row_ids, key: Key, v
         replies = jax.tree.map(lambda x: jnp.zeros((b, r), x.dtype), replies)
         replies, carry = jax.lax.while_loop(lambda c: jnp.any(c[1].taken < rows), refill, (replies, carry))
         replies = written(replies, carry.slots)
-    prompts = jax.tree.map(lambda x: jnp.repeat(x, copies, axis=0), prompts) if copies > 1 else prompts
+    asked = jax.tree.map(lambda x: jnp.repeat(x, copies, axis=0), prompts) if copies > 1 else prompts
     tokens, logp, entropy = replies
-    return Samples(joined(prompts, tokens, vocab), logp, entropy, jnp.any(tokens == vocab.eot, -1)), carry.steps
+    return Samples(joined(asked, tokens, vocab), logp, entropy, jnp.any(tokens == vocab.eot, -1)), carry.steps
 
 
 def refill_group(b: int, n: int, rows: int, slots: int, ways: int) -> int:
