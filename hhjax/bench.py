@@ -328,7 +328,7 @@ def ppo(cfg: PPOBench) -> dict:
         rows = Tokens(np.where(np.arange(cfg.prompt) < length[:, None], ids, 0), length, length)
         prompts = put_batch((rows, np.arange(cfg.batch, dtype=np.int32)), mesh)
         seconds, start = rlhf.Seconds(), time.perf_counter()
-        state, replied, laid, *_ = rlhf.advance(phases, state, frozen, prompts, jax.random.key(i), rng, offsets, 0.05, seconds)
+        state, replied, (scored, learnt), *_ = rlhf.advance(phases, state, frozen, prompts, jax.random.key(i), rng, offsets, 0.05, seconds)
         readings.append({"iteration": time.perf_counter() - start} | vars(seconds))
         if i == 0:
             first = time.perf_counter() - began
@@ -336,12 +336,12 @@ def ppo(cfg: PPOBench) -> dict:
     timed = readings[cfg.warmup :]
     whole = [r["iteration"] for r in timed]
     phases_s = {f"{name}_s": round(median(r[name] for r in timed), 4) for name in ("generate", "score", "train")}
-    train = 3 * cfg.epochs * sum(iteration_forwards(shape, cfg))
+    train = rlhf.phase_flops(stage, dict.fromkeys(("policy", "value", "kl_to"), shape), scored, learnt)["update"]
     return {
         "median_s": round(median(whole), 6), "best_s": round(min(whole), 6), **phases_s,
         "samples_per_s": round(cfg.batch / median(whole), 2), "best_samples_per_s": round(cfg.batch / min(whole), 2),
         "train_share_of_ceiling": round(train / phases_s["train_s"] / cfg.ceiling(), 3), "first_step_s": round(first, 2),
-        "useful_share": round(float(replied.length.sum() / np.prod(laid)), 3),
+        "useful_share": round(float(replied.length.sum() / np.prod(scored)), 3),
     } | about(cfg)  # fmt: skip
 
 
@@ -351,12 +351,6 @@ def prompt_lengths(cfg: PPOBench, rng) -> np.ndarray:
         raise ValueError(f"lengths {cfg.lengths!r}; choose fixed or hh")
     drawn = np.interp(rng.uniform(0, 10, cfg.batch), range(11), HH_PROMPT).astype(np.int32)
     return np.minimum(drawn, cfg.prompt) if cfg.lengths == "hh" else np.full(cfg.batch, cfg.prompt, np.int32)
-
-
-def iteration_forwards(shape, cfg: PPOBench) -> tuple[float, float]:
-    """Model FLOPs of a forward of the policy, with logits of the reply, and of the value network."""
-    blocks = forward_flops(shape, cfg.batch, cfg.prompt + cfg.response)
-    return blocks + logits_flops(shape, cfg.batch * cfg.response), blocks
 
 
 def table(rows: list[dict], hidden: set[str]) -> str:

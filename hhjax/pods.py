@@ -21,12 +21,11 @@ from jax.sharding import AbstractMesh
 
 from hhjax.aot import Compiled, compile_for_tpu, libtpu_version, require_libtpu
 from hhjax.chips import GIB, Topology, parse_topology
-from hhjax.data.packing import ReplyPacker
 from hhjax.experiment import PPO, Run, Training, reference_dir, split_step
 from hhjax.fields import ConfigError
 from hhjax.flags import Command
 from hhjax.hlo import Collective, Program
-from hhjax.loops.rlhf import is_packed, judge_params, make_phases, minibatches, phase_flops, ppo_optimizer, ppo_shardings, roles
+from hhjax.loops.rlhf import is_packed, judge_params, make_phases, minibatches, phase_flops, ppo_optimizer, ppo_shardings, reply_packer, roles
 from hhjax.loops.sampling import frozen
 from hhjax.loops.supervised import compute_dtype
 from hhjax.model.transformer import ModelConfig, make_model
@@ -295,10 +294,9 @@ def lower_phase(step: Step, mesh, decode, dtype: str):
 
 def full_replies(stage: PPO, vocab: Vocabulary, ways: int):
     """What packs the replies of a stage, and a batch of them that is as long as there can be: what is planned for."""
-    packer = ReplyPacker(stage.prompt_len, stage.sampling.max_new_tokens, vocab, ways)
     each = lambda n: np.full(stage.batch_size, n, np.int32)  # noqa: E731
     width = stage.prompt_len + stage.sampling.max_new_tokens
-    return packer, Tokens(np.full((stage.batch_size, width), vocab.eoc + 1), each(stage.prompt_len), each(width)), each(0)
+    return reply_packer(stage, vocab, ways), Tokens(np.full((stage.batch_size, width), vocab.eoc + 1), each(stage.prompt_len), each(width)), each(0)
 
 
 def placed(shapes, shardings):

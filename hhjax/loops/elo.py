@@ -10,14 +10,14 @@ from hhjax.analysis.stats import Estimate, mean_estimate
 from hhjax.evals.elo import ELO, Rating, rate
 from hhjax.experiment import Elo, StageContext, split_step
 from hhjax.io.files import write_atomically
-from hhjax.loops.sampling import COMPARED, EVALUATION, draw_and_judge, even_rows, load_all, load_prompts, write_samples
-from hhjax.sharding import check_batch, make_mesh
+from hhjax.loops.sampling import COMPARED, EVALUATION, check_sampling, draw_and_judge, even_rows, load_all, load_prompts, write_samples
+from hhjax.sharding import make_mesh
 
 
 def run(stage: Elo, ctx: StageContext) -> None:
     """Writes evals/elo.json: of every policy its rating and the guesses of PMs and of the raters' own gold; evals/table.txt; and samples/elo.jsonl."""
     mesh = make_mesh(stage.mesh)
-    check_batch(stage.batch_size, mesh)
+    check_sampling(stage, mesh)
     names = {f"policies.{i}": ref for i, ref in enumerate(stage.policies)}
     judges = {f"guesses.{ref}": ref for ref in stage.guesses}
     found = load_all(names | judges, ctx, mesh, stage.run)

@@ -100,7 +100,11 @@ class Progress:
         """What happens inside is no part of the rates."""
         began = time.perf_counter()
         yield
-        self.interval_excluded += time.perf_counter() - began
+        self.exclude(time.perf_counter() - began)
+
+    def exclude(self, seconds: float) -> None:
+        """So much of the time since the last row is no part of the rates."""
+        self.interval_excluded += seconds
 
     def close(self) -> None:
         self.metrics.close()

@@ -3,6 +3,7 @@ of (seed, iteration), so a killed run begins its unfinished iteration anew and g
 
 import contextlib
 import json
+import math
 import resource
 import time
 from collections.abc import Callable
@@ -22,9 +23,10 @@ from hhjax.io import checkpoint
 from hhjax.io.files import write_atomically
 from hhjax.io.metrics import write_event
 from hhjax.loops.progress import START, Progress
-from hhjax.loops.sampling import (EVALUATION, Loaded, even_rows, fetch, frozen, load_all, load_prompts, make_sample,
+from hhjax.loops.sampling import (EVALUATION, Loaded, check_sampling, even_rows, fetch, frozen, load_all, load_prompts, make_sample,
                                   put_prompts, reply_texts, row_batches, write_samples)  # fmt: skip
 from hhjax.loops.supervised import compute_dtype, is_due, rearm_watchdog, restore_newest, watchdog
+from hhjax.model.generate import slots_of
 from hhjax.model.transformer import config_to_json, make_model
 from hhjax.objectives.kl import adapt_beta
 from hhjax.sharding import (batch_host, batch_sharding, batch_ways, batches_sharding, check_batch, make_mesh, param_shardings, put_batch,
@@ -98,7 +100,7 @@ def run(stage: PPO, ctx: StageContext) -> None:
     mesh = make_mesh(stage.mesh)
     rollout_mesh = make_mesh(stage.rollout_mesh) if stage.rollout_mesh else mesh
     check_batch(stage.batch_size // (stage.minibatches * stage.micro_batches), mesh)
-    check_batch(stage.batch_size, rollout_mesh)
+    check_sampling(stage, rollout_mesh)
     found = load_all(roles(stage), ctx, mesh, stage.run)
     tok = found["policy"].tokenizer
     prompts, held_out = (load_prompts(stage.data, split, ctx, tok, stage.prompt_len, stage.batch_size) for split in ("train", "test"))
@@ -124,7 +126,7 @@ def train(setup: Setup, phases: Phases, state: TrainState, position: dict) -> No
     stage, ctx = setup.stage, setup.ctx
     progress = Progress(ctx, stage.name, position, stage.steps, roofline.ceiling(compute_dtype(stage.run)))
     saver = checkpoint.CheckpointWriter(ctx.dir, stage.keep, on_saved=progress.saved)
-    beta, saved = position["beta"], position["step"]
+    beta, saved, compiled = position["beta"], position["step"], set()
 
     def save(done: int, owed: bool = False) -> None:
         with progress.excluded():
@@ -144,17 +146,20 @@ def train(setup: Setup, phases: Phases, state: TrainState, position: dict) -> No
                 progress.evaluation(position["step"], look(setup, phases, state, position["offsets"], position["step"]))
         for done in range(position["step"] + 1, stage.steps + 1):
             rearm_watchdog(stage.watchdog_s)
-            first = done == position["step"] + 1  # it compiles, and so is not timed
+            began = time.perf_counter()
             try:
-                with progress.excluded() if first else contextlib.nullcontext():
-                    state, row, work = iterate(setup, phases, state, position["offsets"], beta, done)
+                state, row, work, shapes = iterate(setup, phases, state, position["offsets"], beta, done)
             except Preempted:  # before its update: the state is that of the iteration before
                 if saved < done - 1:
                     progress.require_finite(done - 1, row)
                     save(done - 1)
                 stop(done - 1)
             beta = adapt_beta(beta, stage.kl, row["kl_k1"], stage.batch_size)
-            progress.count(*work, timed=not first)
+            timed = shapes in compiled
+            if not timed:  # it compiled
+                progress.exclude(time.perf_counter() - began)
+                compiled.add(shapes)
+            progress.count(*work, timed=timed)
             last, stopping = done == stage.steps, ctx.should_stop()
             evaluating = last or is_due(done, stage.eval_every)
             if last or is_due(done, stage.log_every):
@@ -174,7 +179,8 @@ def train(setup: Setup, phases: Phases, state: TrainState, position: dict) -> No
 
 
 def iterate(setup: Setup, phases: Phases, state: TrainState, offsets: dict, beta: float, done: int):
-    """Iteration `done` (from 1): the new state, its row of metrics, and its work: real tokens, positions, model FLOPs."""
+    """Iteration `done` (from 1): the new state, its row of metrics, its work (real tokens, positions that were scored for them, model
+    FLOPs), and the shapes that it was compiled for."""
     stage, mesh, seconds, began = setup.stage, setup.mesh, Seconds(), time.perf_counter()
     index, count = batch_host(setup.rollout_mesh)
     batch = setup.prompts.batch(setup.ctx.seed, done - 1, Host(index, count))
@@ -182,23 +188,27 @@ def iterate(setup: Setup, phases: Phases, state: TrainState, offsets: dict, beta
     prompts = put_batch((batch, row_ids), setup.rollout_mesh)
     key = jax.random.fold_in(sampling_key(setup), done)
     rng = np.random.default_rng([setup.ctx.seed, MINIBATCHES, done])
-    state, rows, laid, steps, report, metrics = advance(phases, state, setup.frozen, prompts, key, rng, offsets, beta, seconds, setup.ctx.stop_if_told)
+    state, rows, shapes, steps, report, metrics = advance(phases, state, setup.frozen, prompts, key, rng, offsets, beta, seconds,
+                                                          setup.ctx.stop_if_told)  # fmt: skip
     seen = watched(stage, [setup.prompts.prompts[i] for i in setup.prompts.rows_of(setup.ctx.seed, done - 1)], rows, setup.tok)
     row = report_row(jax.device_get(report), rows) | means(seen) | {n: float(x) for n, x in jax.device_get(metrics).items() if n != "weight"}
     tokens, new = int(rows.length.sum()), int((rows.length - rows.prompt_len).sum())
-    slots = stage.sampling.slots or stage.batch_size
+    slots = slots_of(stage.sampling, stage.batch_size, batch_ways(setup.rollout_mesh))
     row["slot_occupancy"] = (new - stage.batch_size) / (slots * max(int(steps), 1))  # the first token of a reply costs no decode step
     rates = {f"{name}_s": s for name, s in vars(seconds).items()}
     rates |= {"generate_tokens_per_s": new / seconds.generate, "score_tokens_per_s": tokens / seconds.score,
               "train_tokens_per_s": stage.epochs * tokens / seconds.train,
               "samples_per_s": stage.batch_size / (time.perf_counter() - began), "memory_gib": memory_gib()}  # fmt: skip
-    return state, row | {"beta": beta} | rates, (tokens, laid[0] * laid[1], iteration_flops(stage, setup.models, laid))
+    return state, row | {"beta": beta} | rates, (tokens, math.prod(shapes[0]), iteration_flops(stage, setup.models, *shapes)), shapes
 
 
 def advance(phases: Phases, state: TrainState, frozen: dict, prompts, key, rng, offsets: dict, beta: float, seconds: Seconds,
             poll: Callable[[], None] = lambda: None):  # fmt: skip
-    """One iteration on the devices: (new state, fetched rows, rows and width that models read of them, decode steps, report, metrics),
-    each phase waited for and timed. poll() is called between them. rng: shuffles the minibatches."""
+    """One iteration on the devices: (new state, fetched rows, shapes, decode steps, report, metrics), each phase waited for and timed.
+
+    shapes: rows and width of what was scored, and of what all updates learnt from. poll() is called between the phases. rng: shuffles
+    the minibatches.
+    """
     with seconds.phase("generate"):
         samples, steps = phases.sample(phases.spread(state.params["policy"]), *prompts, key)
         samples = phases.gather(samples)
@@ -209,8 +219,12 @@ def advance(phases: Phases, state: TrainState, frozen: dict, prompts, key, rng, 
         rollout, report = jax.block_until_ready(phases.score(state.params, frozen, samples, laid, offsets, beta))
     poll()
     with seconds.phase("train"):
-        state, metrics = jax.block_until_ready(phases.update(state, rollout, *phases.split(rows, stopped, rng)))
-    return state, rows, laid.tokens.shape, steps, report, metrics
+        order, own = phases.split(rows, stopped, rng)
+        state, metrics = jax.block_until_ready(phases.update(state, rollout, order, own))
+    count, width = laid.tokens.shape
+    passes = 1 if order is None else order.size // len(rows.length)
+    learnt = (count * passes, width) if own is None else (math.prod(own.tokens.shape[:2]), own.tokens.shape[2])
+    return state, rows, ((count, width), learnt), steps, report, metrics
 
 
 def report_row(report: dict, rows) -> dict:
@@ -344,14 +358,14 @@ def make_phases(stage: PPO, models: dict, vocab: Vocabulary, mesh, rollout_mesh,
         cast = jax.jit(lambda params: frozen(params, dtype))  # what travels, and what decoding reads at every token
         spread = lambda params: jax.device_put(cast(params), places)  # noqa: E731
         gather = lambda samples: jax.device_put(samples, rows)  # noqa: E731
-    def packer():
-        return ReplyPacker(stage.prompt_len, width, vocab, ways, host=Host(*batch_host(mesh)))
+    def packer():  # not made here: a mesh that is only planned for has no hosts
+        return reply_packer(stage, vocab, ways)._replace(host=Host(*batch_host(mesh)))
 
-    def lay(samples, whole, stopped):
-        return put_batch(packer().pack(whole, stopped), mesh) if is_packed(stage, ways) else samples.rows
+    def lay(samples, fetched, stopped):
+        return put_batch(packer().pack(fetched, stopped), mesh) if is_packed(stage, ways) else samples.rows
 
-    def split(whole, stopped, rng):
-        order, packed = minibatches(stage, packer(), whole, stopped, rng)
+    def split(fetched, stopped, rng):
+        order, packed = minibatches(stage, packer(), fetched, stopped, rng)
         return order, put_batches(packed, mesh)
 
     return Phases(
@@ -366,6 +380,11 @@ def make_phases(stage: PPO, models: dict, vocab: Vocabulary, mesh, rollout_mesh,
                        donate_argnums=0),
         exact_kl=jax.jit(make_exact_kl(policy, models["kl_to"], vocab, width, heat), out_shardings=whole),
     )  # fmt: skip
+
+
+def reply_packer(stage: PPO, vocab: Vocabulary, ways: int) -> ReplyPacker:
+    """What packs the stage's replies."""
+    return ReplyPacker(stage.prompt_len, stage.sampling.max_new_tokens, vocab, ways)
 
 
 def is_packed(stage: PPO, ways: int) -> bool:
@@ -421,23 +440,24 @@ def sampling_key(setup: Setup):
     return jax.random.fold_in(jax.random.key(setup.ctx.seed), SAMPLING)
 
 
-def iteration_flops(stage: PPO, models: dict, laid: tuple[int, int] | None = None) -> float:
+def iteration_flops(stage: PPO, models: dict, scored: tuple[int, int] | None = None, learnt: tuple[int, int] | None = None) -> float:
     """Model FLOPs of an iteration, see `phase_flops`."""
-    return sum(phase_flops(stage, {name: model.config for name, model in models.items()}, laid).values())
+    return sum(phase_flops(stage, {name: model.config for name, model in models.items()}, scored, learnt).values())
 
 
-def phase_flops(stage: PPO, configs: dict, laid: tuple[int, int] | None = None) -> dict[str, float]:
+def phase_flops(stage: PPO, configs: dict, scored: tuple[int, int] | None = None, learnt: tuple[int, int] | None = None) -> dict[str, float]:
     """Model FLOPs of an iteration's phases: "sample", the policy, at full length; "score", one forward of every judge and the value
-    network; "update", three of policy and value an epoch. configs: ModelConfig by role. laid: rows and width that are scored
-    and learnt from, by default a full row a reply."""
+    network; "update", three of policy and value an epoch. configs: ModelConfig by role. scored, learnt: rows and width that are read
+    there, the latter in all epochs; by default a full row a reply."""
     new = stage.sampling.max_new_tokens
     full = stage.batch_size, stage.prompt_len + new
-    forward = {name: roofline.forward_flops(cfg, *(laid or full)) for name, cfg in configs.items()}
+    forward = {name: roofline.forward_flops(cfg, *(scored or full)) for name, cfg in configs.items()}
     sampled = roofline.forward_flops(configs["policy"], *full)
     logits = {name: roofline.logits_flops(configs[name], stage.batch_size * new) for name in ("policy", "kl_to")}
-    trained = forward["policy"] + logits["policy"] + forward.get("value", 0.0)
+    updated = learnt or (stage.epochs * full[0], full[1])
+    trained = stage.epochs * logits["policy"] + sum(roofline.forward_flops(configs[name], *updated) for name in ("policy", "value") if name in configs)
     judged = sum(flops for name, flops in forward.items() if name != "policy") + logits["kl_to"]
-    return {"sample": sampled + logits["policy"], "score": judged, "update": 3 * stage.epochs * trained}
+    return {"sample": sampled + logits["policy"], "score": judged, "update": 3 * trained}
 
 
 def memory_gib() -> float:

@@ -23,7 +23,7 @@ from hhjax.io.files import write_atomically
 from hhjax.io.metrics import write_event
 from hhjax.loops import inputs
 from hhjax.loops.supervised import compute_dtype, load_model
-from hhjax.model.generate import Sampling, generate
+from hhjax.model.generate import Sampling, generate, slots_of
 from hhjax.model.transformer import RunConfig
 from hhjax.objectives.preference import end_scores
 from hhjax.sharding import batch_host, batch_sharding, batch_ways, check_batch, make_mesh, put_batch, replicated
@@ -82,6 +82,12 @@ def make_judge(model: Model, mesh):
     return jax.jit(score, out_shardings=replicated(mesh))
 
 
+def check_sampling(stage, mesh) -> None:
+    """Raises ValueError unless the stage's batch and slots divide over the mesh."""
+    check_batch(stage.batch_size, mesh)
+    slots_of(stage.sampling, stage.batch_size, batch_ways(mesh))
+
+
 def even_rows(size: int, most: int) -> np.ndarray:
     """At most `most` row numbers, spread evenly over `size`."""
     return np.linspace(0, size - 1, min(most, size)).astype(int)
@@ -125,7 +131,7 @@ def run_best_of_n(stage: BestOfN, ctx: StageContext) -> None:
     """Writes evals/best_of_n.json: for every n the KL and the mean score, above that of one reply, by the PM that chose and
     by the test PMs, with standard errors over prompts; evals/table.txt; and samples/best_of_n.jsonl."""
     mesh = make_mesh(stage.mesh)
-    check_batch(stage.batch_size, mesh)
+    check_sampling(stage, mesh)
     judges = {"reward": stage.reward} | {f"tests.{ref}": ref for ref in stage.tests}
     found = load_all({"policy": stage.policy} | judges, ctx, mesh, stage.run)
     tok = found["policy"].tokenizer
@@ -169,7 +175,7 @@ def draw_and_judge(stage, ctx: StageContext, key, found: Mapping[str, Loaded], p
     Raises Preempted when told to stop; nothing of it is kept.
     """
     rows = np.repeat(prompts, copies)
-    shared = math.gcd(copies, (stage.sampling.slots or stage.batch_size) // batch_ways(mesh))  # rows that read one prompt together
+    shared = math.gcd(copies, slots_of(stage.sampling, stage.batch_size, batch_ways(mesh)) // batch_ways(mesh))  # rows that read one prompt
     tok = found[policy].tokenizer
     sample = make_sample(found[policy].model, tok.vocabulary, stage.sampling, mesh)
     judge = {name: make_judge(found[name].model, mesh) for name in judges}
@@ -199,7 +205,7 @@ def write_samples(folder: Path, name: str, rows: list[dict]) -> None:
 def run_comparisons(stage: Comparisons, ctx: StageContext) -> None:
     """Writes comparisons.jsonl.gz: {"prompt", "chosen", "rejected"}, who wrote them and what a PM that labels thought; and the counts."""
     mesh = make_mesh(stage.mesh)
-    check_batch(stage.batch_size, mesh)
+    check_sampling(stage, mesh)
     names = {f"policies.{i}": ref for i, ref in enumerate(stage.policies)}
     judges = {name: ref for name, ref in (("labeler", stage.labeler), ("ranker", stage.ranker)) if ref}
     found = load_all(names | judges, ctx, mesh, stage.run)

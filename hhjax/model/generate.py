@@ -17,7 +17,7 @@ class Sampling:
     """How replies are drawn. temperature 0 is greedy. top_k 0 and top_p 1 are off, as in the paper (footnote 12).
 
     slots: rows decoded at one time; when a quarter of them have ended, waiting rows take their places. 0: all rows at once, to the end of
-    the longest reply. Replies do not depend on it.
+    the longest reply. Replies do not depend on it, but for near-ties that rounding decides.
     """
 
     max_new_tokens: int = 128  # Bai et al. 2022, section 4.1; 32 in the robustness runs
@@ -69,8 +69,8 @@ def generate(model: Model, params: Params, prompts: Tokens, row_ids, key: Key, v
     Raises ValueError where rows, slots and shards do not divide.
     """
     (n, p), b, r = prompts.tokens.shape, len(row_ids), cfg.max_new_tokens
-    copies, rows, slots = b // n, b // ways, min(cfg.slots or b, b) // ways  # the last two of a shard
-    group = refill_group(b, n, rows, slots, ways)
+    copies, rows, slots = b // n, b // ways, slots_of(cfg, b, ways) // ways  # the last two of a shard
+    group = refill_group(b, n, slots, ways)
     params = model.unrolled(params)
 
     def draw(hidden, slots: Slots):
@@ -105,7 +105,7 @@ def generate(model: Model, params: Params, prompts: Tokens, row_ids, key: Key, v
 
     def step(carry: Carry) -> Carry:
         slots = carry.slots
-        at = slots.prompt_len + slots.t - 1  # of the newest token; a slot that has ended writes its last one over and over
+        at = slots.prompt_len + slots.t - 1  # of the newest token; a slot that has ended writes to one place over and over
         hidden, cache = model.apply(params, slots.last[:, None], at[:, None], None, carry.cache)
         return carry._replace(slots=draw(hidden[:, 0], slots), cache=cache, steps=carry.steps + 1)
 
@@ -114,9 +114,13 @@ def generate(model: Model, params: Params, prompts: Tokens, row_ids, key: Key, v
         ended = jnp.sum(~carry.slots.live.reshape(ways, -1), 1)
         return (carry.taken < rows) & (ended >= group)
 
+    def ready(carry: Carry):
+        """Whether half of the shards that have rows waiting can take some: all shards read prompts when one does."""
+        return 2 * jnp.sum(takers(carry)) >= jnp.maximum(jnp.sum(carry.taken < rows), 1)
+
     def decode(carry: Carry) -> Carry:
-        """To the end of all replies, or until waiting rows can begin. The count only tells compilers how long that may take."""
-        going = lambda c: (c[0] < r - 1) & jnp.any(c[1].slots.live) & ~jnp.any(takers(c[1]))  # noqa: E731
+        """To the end of all replies, or until waiting rows begin. The count only tells compilers how long that may take."""
+        going = lambda c: (c[0] < r - 1) & jnp.any(c[1].slots.live) & ~ready(c[1])  # noqa: E731
         return jax.lax.while_loop(going, lambda c: (c[0] + 1, step(c[1])), (0, carry))[1]
 
     def refill(carried):
@@ -143,14 +147,23 @@ def generate(model: Model, params: Params, prompts: Tokens, row_ids, key: Key, v
     return Samples(joined(asked, tokens, vocab), logp, entropy, jnp.any(tokens == vocab.eot, -1)), carry.steps
 
 
-def refill_group(b: int, n: int, rows: int, slots: int, ways: int) -> int:
+def slots_of(cfg: Sampling, batch: int, ways: int) -> int:
+    """How many rows of a batch are decoded at one time, over all shards. Raises ValueError where they do not divide."""
+    slots = min(cfg.slots or batch, batch)
+    if batch % slots or slots % ways:
+        raise ValueError(f"sampling.slots={cfg.slots}: {slots} slots over {ways} shards do not divide a batch of {batch}; choose a divisor of "
+                         f"the batch that is a multiple of the shards")  # fmt: skip
+    return slots
+
+
+def refill_group(b: int, n: int, slots: int, ways: int) -> int:
     """How many of a shard's slots must have ended before as many waiting rows begin: about a quarter, since reading one prompt
     costs nearly as much as reading several. Raises ValueError where b rows of n prompts do not divide."""
     copies = b // n
     even = lambda size: slots % size == 0 and (copies % size == 0 or size % copies == 0)  # noqa: E731
-    if b % n or n % ways or slots < 1 or rows % slots or not even(slots):
-        raise ValueError(f"{b} rows of {n} prompts do not divide into {ways} shards of {slots} slots: let slots divide the rows, and "
-                         f"shards the prompts and the slots")  # fmt: skip
+    if b % n or n % ways or not even(slots):
+        raise ValueError(f"{b} rows of {n} prompts do not divide into {ways} shards of {slots} slots; let shards divide the prompts, and "
+                         f"slots be a multiple or a part of the rows of one")  # fmt: skip
     return next(size for size in range(max(slots // 4, 1), 0, -1) if even(size))
 
 
@@ -170,26 +183,24 @@ def draw_token(keys, logits):
     """A token of softmax(logits) for every key: [S] keys, [S, V] f32 -> [S] int32. One of probability 0 is never drawn.
 
     By the inverse of the cumulative distribution, of blocks of the vocabulary and then inside one: Gumbel noise on every logit took 12 ms
-    for 32 rows of 8,192 tokens on a CPU, this 0.5.
+    for 32 rows of 8,192 tokens on a CPU, this 0.5. Probabilities are told apart to f32's rounding of the whole, 1e-7.
     """
     p = jnp.exp(logits - jnp.max(logits, -1, keepdims=True))
     p = jnp.pad(p, ((0, 0), (0, -p.shape[1] % _BLOCKS))).reshape(len(p), _BLOCKS, -1)
-    share = jax.vmap(jax.random.uniform)(keys)
-    block, share = invert(jnp.cumsum(jnp.sum(p, -1), -1), share)
+    block, share = invert(jnp.sum(p, -1), jax.vmap(jax.random.uniform)(keys))
     # A sum over all blocks but one: taking the one by its number would gather the vocabulary where it is split.
     own = jnp.sum(jnp.where(jnp.arange(_BLOCKS)[:, None] == block[:, None, None], p, 0.0), 1)
-    inside, _ = invert(jnp.cumsum(own, -1), share)
-    return block * p.shape[2] + inside
+    return block * p.shape[2] + invert(own, share)[0]
 
 
-def invert(cumulative, share):
-    """Where share [S] of the whole lies: the number of the part, and the share of that part that lies below. cumulative: [S, N] f32, not
-    falling; parts of no size are never found."""
-    below = share * cumulative[:, -1]
-    part = jnp.sum(cumulative <= below[:, None], -1, dtype=jnp.int32)
-    edges = jnp.take_along_axis(jnp.pad(cumulative, ((0, 0), (1, 0))), part[:, None] + jnp.arange(2), 1)
-    inside = (below - edges[:, 0]) / (edges[:, 1] - edges[:, 0])
-    return part, jnp.minimum(inside, 1 - 2.0**-23)  # 1 would be past the end
+def invert(sizes, share):
+    """Where `share` [S] of the whole lies among parts of these sizes [S, N], f32: the number of the part, which has a size, and the share of
+    it that lies below, in [0, 1). Compilers add up long rows in pieces, so that sums may fall by a rounding where a part has no size."""
+    upto = jnp.where(sizes > 0, jnp.cumsum(sizes, -1), 0.0)
+    below = share * jnp.max(upto, -1)
+    part = jnp.argmax(upto > below[:, None], -1).astype(jnp.int32)
+    end, size = (jnp.take_along_axis(x, part[:, None], 1)[:, 0] for x in (upto, sizes))
+    return part, jnp.clip((below - (end - size)) / size, 0.0, 1 - 2.0**-23)
 
 
 def filtered(logits, cfg: Sampling):

@@ -103,6 +103,15 @@ def test_replies_to_one_prompt_share_it():
     assert spent(apart) - spent(shared) == sum(2 * int(n) for n in rows.prompt_len[::3])
 
 
+def test_hosts_bring_what_one_would():
+    rows, stopped = make_replies(np.random.default_rng(0), 24)
+    batches = np.stack([np.random.default_rng(i).permutation(24) for i in range(2)])
+    packer = ReplyPacker(12, 8, Vocabulary(0, 1, 2, 99), 4)
+    shares = [packer._replace(host=Host(i, 2)).pack(rows, stopped, batches) for i in range(2)]
+    for whole, *parts in zip(packer.pack(rows, stopped, batches), *shares):
+        np.testing.assert_array_equal(np.concatenate(parts, 1), whole)
+
+
 def test_few_numbers_of_rows_are_compiled():
     rng, packer = np.random.default_rng(0), ReplyPacker(12, 8, Vocabulary(0, 1, 2, 99))
     shapes = {packer.pack(*make_replies(rng, 64)).tokens.shape for _ in range(40)}
