@@ -28,10 +28,10 @@ BENCHES = {
     "lm 13M, 16 rows of 256 tokens": ("lm --size 13M --vocab 8192 --batch 16 --prompt 128 --response 128 --repeats 6", f"tokens_per_s {RATES}"),
     "generate 13M, 32 prompts of 128, 64 new tokens": (
         "generate --size 13M --vocab 8192 --batch 32 --prompt 128 --response 64 --repeats 6", "tokens_per_s decode_step_ms share_of_roofline prefill_s compile_s"),
-    "generate, ragged, all 512 rows at once": (
-        f"generate {SMALL} --batch 512 --prompt 32 --response 128 --mean-length 24 --repeats 2 --warmup 1", "tokens_per_s slot_occupancy mean_reply decode_step_ms"),
-    "generate, ragged, 512 rows in 32 slots": (
-        f"generate {SMALL} --batch 512 --prompt 32 --response 128 --mean-length 24 --slots 32 --repeats 2 --warmup 1", "tokens_per_s slot_occupancy mean_reply decode_step_ms"),
+    "generate, ragged, all 1,024 rows at once": (
+        f"generate {SMALL} --batch 1024 --prompt 32 --response 128 --mean-length 24 --repeats 2 --warmup 1", "tokens_per_s slot_occupancy mean_reply decode_step_ms"),
+    "generate, ragged, 1,024 rows in 32 slots": (
+        f"generate {SMALL} --batch 1024 --prompt 32 --response 128 --mean-length 24 --slots 32 --repeats 2 --warmup 1", "tokens_per_s slot_occupancy mean_reply decode_step_ms"),
     "generate, 16 replies a prompt, prompts of 128": (
         f"generate {SMALL} --batch 64 --copies 16 --prompt 128 --response 32 --repeats 6", "tokens_per_s prefill_s"),
     "generate, the same, each prompt read 16 times": (

@@ -16,7 +16,7 @@ _BLOCKS = 128  # into which `draw_token` cuts the vocabulary: a tensor axis that
 class Sampling:
     """How replies are drawn. temperature 0 is greedy. top_k 0 and top_p 1 are off, as in the paper (footnote 12).
 
-    slots: rows decoded at one time; when a quarter of them have ended, waiting rows take their places. 0: all rows at once, to the end of
+    slots: rows decoded at one time; when an eighth of them have ended, waiting rows take their places. 0: all rows at once, to the end of
     the longest reply. Replies do not depend on it, but for near-ties that rounding decides.
     """
 
@@ -157,14 +157,14 @@ def slots_of(cfg: Sampling, batch: int, ways: int) -> int:
 
 
 def refill_group(b: int, n: int, slots: int, ways: int) -> int:
-    """How many of a shard's slots must have ended before as many waiting rows begin: about a quarter, since reading one prompt
+    """How many of a shard's slots must have ended before as many waiting rows begin: about an eighth, since reading one prompt
     costs nearly as much as reading several. Raises ValueError where b rows of n prompts do not divide."""
     copies = b // n
     even = lambda size: slots % size == 0 and (copies % size == 0 or size % copies == 0)  # noqa: E731
     if b % n or n % ways or not even(slots):
         raise ValueError(f"{b} rows of {n} prompts do not divide into {ways} shards of {slots} slots; let shards divide the prompts, and "
                          f"slots be a multiple or a part of the rows of one")  # fmt: skip
-    return next(size for size in range(max(slots // 4, 1), 0, -1) if even(size))
+    return next(size for size in range(max(slots // 8, 1), 0, -1) if even(size))
 
 
 def take(x, index):
