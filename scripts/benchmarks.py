@@ -1,7 +1,7 @@
 """Runs the benchmarks one after the other and writes results/benchmarks.md: command, machine, date and table.
 
     python scripts/benchmarks.py                 # all of them, 20 minutes on two slow cores
-    python scripts/benchmarks.py --only pm,ppo   # those whose name begins so; the others' tables stay
+    python scripts/benchmarks.py --only pm ppo   # those whose name begins so; the others' tables stay
     python scripts/benchmarks.py --out FILE
 """
 
@@ -48,10 +48,10 @@ BENCHES = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="", help="beginnings of names, commas between")
+    parser.add_argument("--only", nargs="*", default=[""], metavar="NAME", help="beginnings of names")
     parser.add_argument("--out", type=Path, default=ROOT / "results" / "benchmarks.md")
     args = parser.parse_args()
-    chosen = [title for title in BENCHES if not args.only or title.startswith(tuple(args.only.split(",")))]
+    chosen = [title for title in BENCHES if title.startswith(tuple(args.only))]
     kept = sections(args.out.read_text()) if args.out.is_file() else {}
     for title in chosen:
         command, columns = BENCHES[title]
