@@ -111,13 +111,14 @@ def read_best(folder: Path, run: str, called: Mapping[str, str] = MappingProxyTy
 
 
 def linear_fit(x, y, most: float = np.inf) -> Fit:
-    """Least squares over the points with x <= most. R² is nan where y does not vary. Raises ValueError on fewer than three points."""
+    """Least squares over the points with x <= most. R² is nan where y does not vary, and the slope too where x does not: a policy that
+    has not moved. Raises ValueError on fewer than three points."""
     x, y = np.asarray(x, float), np.asarray(y, float)
     kept = x <= most
     if kept.sum() < 3:
         raise ValueError(f"{kept.sum()} points with sqrt(KL) <= {most} give no line; choose a larger limit")
     x, y = x[kept], y[kept]
-    slope, intercept = np.polyfit(x, y, 1)
+    slope, intercept = np.polyfit(x, y, 1) if np.ptp(x) > 0 else (np.nan, y.mean())
     spread = np.sum((y - y.mean()) ** 2)
     r2 = 1 - np.sum((y - intercept - slope * x) ** 2) / spread if spread else np.nan
     return Fit(float(slope), float(intercept), float(r2), float(x.max()))

@@ -16,6 +16,8 @@ def test_a_line_is_found():
     assert linear_fit(x, bent, most=2).r2 == pytest.approx(1) and linear_fit(x, bent).r2 < 0.9
     with pytest.raises(ValueError, match="give no line"):
         linear_fit(x, x, most=0.01)
+    still = linear_fit(np.zeros(4), [0.0, 1.0, 2.0, 3.0])
+    assert np.isnan(still.slope) and np.isnan(still.r2) and still.intercept == 1.5
 
 
 def test_smoothing_keeps_lines_and_ends():
