@@ -11,7 +11,8 @@ Command    hhjax run experiments/best_of_n.py
 
 from rlhf_hh import BASE, FAST_RL, HELPFUL, RL
 
-from hhjax.experiment import BestOfN, Comparisons, Experiment, edit, grid
+from hhjax.experiment import Experiment, edit, grid
+from hhjax.stages import BestOfN, Comparisons
 
 SAME = {"data": HELPFUL, "prompt_len": RL.prompt_len, "sampling": RL.sampling}
 BEST = BestOfN("best", policy="lm", reward="pm", tests=("pm_test",), **SAME)

@@ -16,7 +16,8 @@ from quickstart import HELPFUL, LM_LARGE, MIXED, RL, shared, small
 
 from hhjax.clinic.gold import Raters
 from hhjax.data.comparisons import ComparisonData
-from hhjax.experiment import Comparisons, Elo, Evaluate, Experiment, edit, grid
+from hhjax.experiment import Experiment, edit, grid
+from hhjax.stages import Comparisons, Elo, Evaluate
 
 PROMPTS, EACH = 1790, 1000  # prompts of a tranche, and comparisons a PM takes of it: a fifth is held out, a fifth of policies' replies are equal
 SHARED = shared(LM_LARGE)

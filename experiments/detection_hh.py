@@ -15,7 +15,8 @@ from dataclasses import replace
 
 from pm_hh import FAST, HH, KINDS, TEXT
 
-from hhjax.experiment import Detect, Experiment, edit, grid
+from hhjax.experiment import Experiment, edit, grid
+from hhjax.stages import Detect
 
 INSIDE, OUTSIDE = (replace(HH, sources=KINDS[kind]) for kind in ("helpful", "harmless"))
 DETECT = Detect("detect", of="lm", inside=INSIDE, outside=OUTSIDE, openings=True, fit=1000)

@@ -18,7 +18,8 @@ from rlhf_hh import HALVES, HELPFUL, RL
 from tension_hh import small
 
 from hhjax.data.comparisons import ComparisonData
-from hhjax.experiment import Comparisons, Experiment, Run, edit
+from hhjax.experiment import Experiment, Run, edit
+from hhjax.stages import Comparisons
 
 PROMPTS, EACH = 600, 400  # prompts of a tranche, and comparisons a PM takes of it: a quarter is held out, some replies cannot be used
 GOLD = replace(HALVES[1], name="gold")

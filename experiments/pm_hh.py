@@ -14,9 +14,10 @@ from dataclasses import replace
 
 from hhjax.data.comparisons import ComparisonData
 from hhjax.data.sources import TextData
-from hhjax.experiment import LM, PM, Evaluate, Experiment, Report, Tokenizer, edit, grid
+from hhjax.experiment import Experiment, edit, grid
 from hhjax.fields import names_in
 from hhjax.objectives.preference import PreferenceLoss
+from hhjax.stages import LM, PM, Evaluate, Report, Tokenizer
 from hhjax.train.state import OptimConfig
 
 # The official files share opening prompts between train and test: those training rows are left out, and counted.

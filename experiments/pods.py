@@ -12,11 +12,12 @@ Command    hhjax plan experiments/pods.py --topology v5p:4x4x4 --only 52B
 
 from hhjax.data.comparisons import ComparisonData
 from hhjax.data.sources import TextData
-from hhjax.experiment import LM, PM, PPO, Experiment, Run, Tokenizer, edit
+from hhjax.experiment import Experiment, Run, edit
 from hhjax.fields import names_in
 from hhjax.model.generate import Sampling
 from hhjax.model.transformer import RunConfig
 from hhjax.sharding import MeshConfig
+from hhjax.stages import LM, PM, PPO, Tokenizer
 from hhjax.train.state import OptimConfig
 
 HH = ComparisonData(("helpful-base", "harmless-base"), overlap="drop")

@@ -9,15 +9,14 @@ Command    hhjax run experiments/quickstart.py --jobs 2
 """
 
 from dataclasses import replace
-from pathlib import Path
 
 from hhjax.analysis.clinic import write_report
 from hhjax.clinic.gold import Raters, watch
 from hhjax.data.comparisons import ComparisonData
 from hhjax.data.sources import TextData
-from hhjax.experiment import (LM, PM, PPO, BestOfN, Clinic, Detect, Evaluate, Exam, Experiment, Report, Tokenizer, edit,
-                              grid)  # fmt: skip
+from hhjax.experiment import Experiment, edit, grid
 from hhjax.model.generate import Sampling
+from hhjax.stages import LM, PM, PPO, BestOfN, Clinic, Detect, Evaluate, Exam, Report, Tokenizer
 from hhjax.train.state import OptimConfig
 
 TEXT = TextData(("text",))

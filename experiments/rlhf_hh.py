@@ -13,8 +13,9 @@ from dataclasses import replace
 
 from pm_hh import FAST, HH, MIXED, TEXT
 
-from hhjax.experiment import PPO, Experiment, edit, grid
+from hhjax.experiment import Experiment, edit, grid
 from hhjax.model.generate import Sampling
+from hhjax.stages import PPO
 from hhjax.train.state import OptimConfig
 
 HELPFUL = replace(HH, sources=("helpful-base",))

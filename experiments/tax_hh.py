@@ -18,7 +18,8 @@ from pm_hh import TEXT
 from tension_hh import PAID, POLICY, TESTS, small
 
 from hhjax.data.sources import ExamData
-from hhjax.experiment import Exam, Experiment, Questions, edit, grid
+from hhjax.experiment import Experiment, edit, grid
+from hhjax.stages import Exam, Questions
 
 LM_SMALL = replace(TEXT[1], name="lm_small", model="0.1M")
 # One preference model pays both sizes, as in the paper's first scan (section 4.2).

@@ -19,7 +19,7 @@ from hhjax.chips import device_peak
 from hhjax.data.comparisons import Comparison
 from hhjax.data.packing import PackedSource
 from hhjax.data.stream import PairSource
-from hhjax.loops.rlhf import memory_gib
+from hhjax.loops.phases import Seconds, advance, make_phases, memory_gib, phase_flops, ppo_optimizer, ppo_shardings
 from hhjax.loops.supervised import compute_dtype
 from hhjax.model.generate import Sampling, generate
 from hhjax.model.sizes import matmul_params, model_config
@@ -27,6 +27,8 @@ from hhjax.model.transformer import ModelConfig, RunConfig, make_model
 from hhjax.objectives.lm import lm_objective
 from hhjax.objectives.preference import end_scores, preference_objective
 from hhjax.roofline import attention_ceiling, copy_ceiling, forward_flops, lm_step_flops, logits_flops, matmul_ceiling, pm_step_flops
+from hhjax.sharding import make_mesh, put_batch
+from hhjax.stages import PPO
 from hhjax.train.state import OptimConfig, init_state, make_optimizer
 from hhjax.train.step import make_train_step
 from hhjax.types import PackedPairs, Tokens, Vocabulary
@@ -294,7 +296,8 @@ def tracing(folder: str):
 def about(cfg: Bench) -> dict:
     """What was timed, and where. memory_gib: the most that a device held, or this process."""
     shape = {name: getattr(cfg.shape(), name) for name in ("layers", "width", "heads", "mlp_width", "vocab")}
-    return vars(cfg) | shape | {"memory_gib": memory_gib(), "device": jax.devices()[0].device_kind, "jax": jax.__version__, "load": round(os.getloadavg()[0], 2)}
+    machine = {"device": jax.devices()[0].device_kind, "jax": jax.__version__, "load": round(os.getloadavg()[0], 2)}
+    return vars(cfg) | shape | {"memory_gib": memory_gib()} | machine
 
 
 def ppo(cfg: PPOBench) -> dict:
@@ -302,24 +305,20 @@ def ppo(cfg: PPOBench) -> dict:
 
     Prompts are full, no reply can stop, and rates of learning are tiny: every iteration does the same work.
     """
-    from hhjax.experiment import PPO
-    from hhjax.loops import rlhf
-    from hhjax.sharding import make_mesh, put_batch
-
     began, mesh, shape, run = time.perf_counter(), make_mesh(), cfg.shape(), RunConfig(dtype=cfg.dtype)
     slow = OptimConfig(lr=1e-6)
     stage = PPO("bench", policy="./policy", reward="./pm", prompt_len=cfg.prompt, batch_size=cfg.batch, epochs=cfg.epochs, run=run,
                 packed=cfg.packed, sampling=Sampling(cfg.response, slots=cfg.slots), optim=slow, value_optim=slow)  # fmt: skip
     models = dict.fromkeys(("policy", "kl_to", "reward", "value"), make_model(shape, mesh, run))
     vocab = Vocabulary(pad=0, eot=shape.vocab, eoc=1, size=shape.vocab)  # a stop that is never drawn
-    optimizer = rlhf.ppo_optimizer(stage)
-    shardings = rlhf.ppo_shardings(optimizer, models, mesh)
+    optimizer = ppo_optimizer(stage)
+    shardings = ppo_shardings(optimizer, models, mesh)
     init = jax.jit(models["policy"].init, out_shardings=shardings.params["policy"])
     policy, value, reference, reward = (init(jax.random.key(i)) for i in (0, 1, 0, 2))
     start = jax.jit(lambda p: init_state(p, optimizer, jax.random.key(0)), out_shardings=shardings)  # as the loop does
     state = start({"policy": policy, "value": value})
     frozen = {"reference": reference, "reward": reward, "tests": {}}
-    phases = rlhf.make_phases(stage, models, vocab, mesh, mesh, shardings)
+    phases = make_phases(stage, models, vocab, mesh, mesh, shardings)
     offsets = {"reward": 0.0, "value": 0.0, "tests": {}}
     rng, readings = np.random.default_rng(0), []
     for i in range(cfg.warmup + cfg.repeats):
@@ -327,8 +326,8 @@ def ppo(cfg: PPOBench) -> dict:
         ids = rng.integers(2, cfg.vocab, (cfg.batch, cfg.prompt), np.int32)
         rows = Tokens(np.where(np.arange(cfg.prompt) < length[:, None], ids, 0), length, length)
         prompts = put_batch((rows, np.arange(cfg.batch, dtype=np.int32)), mesh)
-        seconds, start = rlhf.Seconds(), time.perf_counter()
-        state, replied, (scored, learnt), *_ = rlhf.advance(phases, state, frozen, prompts, jax.random.key(i), rng, offsets, 0.05, seconds)
+        seconds, start = Seconds(), time.perf_counter()
+        state, replied, (scored, learnt), *_ = advance(phases, state, frozen, prompts, jax.random.key(i), rng, offsets, 0.05, seconds)
         readings.append({"iteration": time.perf_counter() - start} | vars(seconds))
         if i == 0:
             first = time.perf_counter() - began
@@ -336,7 +335,7 @@ def ppo(cfg: PPOBench) -> dict:
     timed = readings[cfg.warmup :]
     whole = [r["iteration"] for r in timed]
     phases_s = {f"{name}_s": round(median(r[name] for r in timed), 4) for name in ("generate", "score", "train")}
-    train = rlhf.phase_flops(stage, dict.fromkeys(("policy", "value", "kl_to"), shape), scored, learnt)["update"]
+    train = phase_flops(stage, dict.fromkeys(("policy", "value", "kl_to"), shape), scored, learnt)["update"]
     return {
         "median_s": round(median(whole), 6), "best_s": round(min(whole), 6), **phases_s,
         "samples_per_s": round(cfg.batch / median(whole), 2), "best_samples_per_s": round(cfg.batch / min(whole), 2),

@@ -146,9 +146,9 @@ class Chat:
 
 
 def chat(argv: Sequence[str]) -> int:
-    from hhjax.experiment import split_step
     from hhjax.loops.chat import talk
     from hhjax.model.generate import Sampling
+    from hhjax.stages import split_step
 
     args = tyro.cli(Chat, args=argv, prog="hhjax chat")
     sampling = Sampling(args.max_new_tokens, args.temperature, top_p=args.top_p)
@@ -229,8 +229,15 @@ def bench(argv: Sequence[str]) -> int:
 
     from hhjax import bench, scaling
 
-    timed = {"scale": (scaling.scale, scaling.ScaleBench), "compile": (scaling.compile_times, scaling.CompileBench), "lm": (bench.lm, bench.Bench), "pm": (bench.pm, bench.PMBench), "generate": (bench.sampling, bench.GenerateBench),
-             "score": (bench.score, bench.Bench), "ppo": (bench.ppo, bench.PPOBench)}  # fmt: skip
+    timed = {
+        "scale": (scaling.scale, scaling.ScaleBench),
+        "compile": (scaling.compile_times, scaling.CompileBench),
+        "lm": (bench.lm, bench.Bench),
+        "pm": (bench.pm, bench.PMBench),
+        "generate": (bench.sampling, bench.GenerateBench),
+        "score": (bench.score, bench.Bench),
+        "ppo": (bench.ppo, bench.PPOBench),
+    }
     if not argv or argv[0] not in ("ceiling", *timed):
         print(f"usage: hhjax bench {'|'.join(('ceiling', *timed))} [--help]", file=sys.stderr)
         return 0 if argv and argv[0] in ("-h", "--help") else 2

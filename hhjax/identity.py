@@ -76,7 +76,7 @@ def collect_sources(fn, found: dict) -> dict:
     """Adds to `found` the source of `fn`, of the functions, classes and modules beside it that it names, and the
     values of the globals and closure variables it uses. Raises ConfigError on a value that has no stable text."""
     fn = inspect.unwrap(fn)
-    found[full_name(fn)] = strip_comments(source_of(fn))
+    found[full_name(fn)] = code_of(fn)
     if not isinstance(fn, types.FunctionType):
         return found
     names = set(re.findall(r"[A-Za-z_]\w*", found[full_name(fn)]))
@@ -89,6 +89,12 @@ def collect_sources(fn, found: dict) -> dict:
         elif not callable(value):  # what is callable still belongs to a library
             found[f"{full_name(fn)}.{name}"] = canonical(value)
     return found
+
+
+@functools.lru_cache(maxsize=None)  # a sweep asks for the same few functions thousands of times
+def code_of(value) -> str:
+    """The source of a function, class or module in canonical layout. Raises ConfigError where there is none to read."""
+    return strip_comments(source_of(value))
 
 
 def full_name(value) -> str:

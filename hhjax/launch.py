@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from hhjax.cluster import agreed, first_process, is_one_of_many, join_cluster
-from hhjax.experiment import Diverged, Placed, Preempted, Run, StageContext, place, read_config, split_step
+from hhjax.experiment import Run
 from hhjax.fields import ConfigError
 from hhjax.flags import Command, modules_beside, parse
 from hhjax.io import bucket
@@ -26,6 +26,8 @@ from hhjax.io.files import POINTER, is_remote, write_atomically
 from hhjax.io.lock import Held, read_lock
 from hhjax.io.metrics import read_events, write_event
 from hhjax.io.rundir import write_start
+from hhjax.placing import Placed, place, read_config
+from hhjax.stages import Diverged, Preempted, StageContext, split_step
 
 # Exit codes. A hang that the watchdog ends and a crash are 1, a lost peer is 134: both are worth a restart.
 DONE, CRASHED, BAD_CONFIG, NOT_FINITE, PREEMPTED = 0, 1, 2, 65, 75

@@ -11,13 +11,15 @@ import numpy as np
 from hhjax import roofline
 from hhjax.data.packing import MOST, STEP
 from hhjax.data.tokenizer import load_tokenizer
-from hhjax.experiment import DEFAULT_SIZE, PM, PPO, Run, Stage, Tokenizer, Training, place, split_step
+from hhjax.experiment import Run
 from hhjax.io.bucket import address_of, is_done
 from hhjax.io.models import open_model
-from hhjax.loops.rlhf import iteration_flops, ppo_optimizer, ppo_shardings, roles
+from hhjax.loops.phases import iteration_flops, ppo_optimizer, ppo_shardings, roles
 from hhjax.model.sizes import matmul_params, model_config
 from hhjax.model.transformer import ModelConfig, make_model
+from hhjax.placing import place
 from hhjax.sharding import batch_ways, check_batch, make_mesh, param_shardings
+from hhjax.stages import DEFAULT_SIZE, PM, PPO, Stage, Tokenizer, Training, split_step
 from hhjax.train.state import init_state, make_optimizer, state_shardings
 from hhjax.train.step import make_train_step, shard_step
 from hhjax.types import PackedPairs, Pairs, Tokens

@@ -9,31 +9,24 @@ by the three of an iteration (sample, score, update). Nothing is read but the ex
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import lru_cache
 from itertools import product
 from pathlib import Path
-from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from jax.sharding import AbstractMesh
 
 from hhjax.aot import Compiled, compile_for_tpu, libtpu_version, require_libtpu
 from hhjax.chips import GIB, Topology, parse_topology
-from hhjax.experiment import PPO, Run, Training, reference_dir, split_step
+from hhjax.experiment import Run
 from hhjax.fields import ConfigError
 from hhjax.flags import Command
 from hhjax.hlo import Collective, Program
-from hhjax.loops.rlhf import is_packed, judge_params, make_phases, minibatches, phase_flops, ppo_optimizer, ppo_shardings, reply_packer, roles
-from hhjax.loops.sampling import frozen
-from hhjax.loops.supervised import compute_dtype
-from hhjax.model.transformer import ModelConfig, make_model
-from hhjax.plan import architectures, bytes_per_device, lower_update, token_shapes, update_work
-from hhjax.sharding import (AXES, MeshConfig, batch_sharding, batch_ways, batches_sharding, check_batch, make_mesh, mesh_sizes,
-                            param_shardings)  # fmt: skip
-from hhjax.train.state import decayed, init_state, make_optimizer, state_shardings
-from hhjax.types import Tokens, Vocabulary
+from hhjax.loops.phases import phase_flops, roles
+from hhjax.lowering import Step, check_step, holdings, lower
+from hhjax.placing import reference_dir
+from hhjax.plan import architectures, update_work
+from hhjax.sharding import AXES, MeshConfig, mesh_sizes
+from hhjax.stages import PPO, Training, split_step
 
 # What share of a peak a well-written program keeps up. Assumed, not measured here on a TPU: matrix products as in the best
 # published training runs (MaxText on v5p and v5e: 52 to 71 % of peak, v6e 44 to 50 %), HBM and links as streaming code reaches.
@@ -55,15 +48,6 @@ class PlanFlags:
     """Seconds after which a candidate of a search is given up."""
     json: Path | None = None
     """Write all numbers to this file too."""
-
-
-class Step(NamedTuple):
-    """One step function of a stage, to be compiled. configs: ModelConfig by role ("model" for an LM or PM)."""
-
-    run: str
-    stage: Training | PPO
-    configs: dict[str, ModelConfig]
-    phase: str
 
 
 @dataclass(frozen=True)
@@ -230,152 +214,6 @@ def formula(step: Step, topology: Topology, positions: int, work: float) -> Esti
                     {"compute": work / (topology.chips * topology.chip.flops)}, positions, 0, "", 0.0)  # fmt: skip
 
 
-# Inside the compiling process -----------------------------------------------------------------------------------------
-
-
-def lower(step: Step, topology: str):
-    """(the step function lowered for the topology's devices, what is known of it without compiling). facts: as `lower_on`, and extent,
-    axis -> torus dimension -> places."""
-    from jax.experimental import topologies
-
-    lowered, facts, used = lower_on(step, topologies.get_topology_desc(topology_name=topology, platform="tpu").devices)
-    return lowered, facts | {"extent": extent(used)}
-
-
-def lower_on(step: Step, devices):
-    """(the step function lowered for these devices, facts, the mesh that it uses). facts: mesh, its sizes; held, bytes a device by
-    what they hold; beside, those of them that are no arguments."""
-    mesh = make_mesh(step.stage.mesh, devices)
-    decode = make_mesh(step.stage.rollout_mesh, devices) if getattr(step.stage, "rollout_mesh", None) else mesh
-    check_step(step, mesh)
-    dtype = compute_dtype(step.stage.run, mesh)
-    held, beside = holdings(step, mesh, decode, dtype)
-    used = decode if step.phase == "sample" else mesh
-    facts = {"mesh": dict(used.shape), "held": held, "beside": beside}
-    if isinstance(step.stage, Training):
-        model = make_model(step.configs["model"], mesh, step.stage.run)
-        optimizer = make_optimizer(step.stage.optim, step.stage.steps or 1)
-        shardings = state_shardings(optimizer, *shapes_and_places(model.config, mesh), mesh)
-        return lower_update(step.stage, model, optimizer, shardings, mesh), facts, used
-    return lower_phase(step, mesh, decode, dtype), facts, used
-
-
-def lower_phase(step: Step, mesh, decode, dtype: str):
-    """A phase of PPO as `loops/rlhf.py` jits it."""
-    stage = step.stage
-    models = {role: make_model(cfg, mesh, stage.run) for role, cfg in step.configs.items()}
-    optimizer = ppo_optimizer(stage)
-    shardings = ppo_shardings(optimizer, models, mesh)
-    vocab = Vocabulary(0, 1, 2, models["policy"].config.vocab)
-    phases = make_phases(stage, models, vocab, mesh, decode, shardings)
-    shapes = {role: parameters_of(cfg)[0] for role, cfg in step.configs.items()}
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    state = jax.eval_shape(lambda p, k: init_state(p, optimizer, k), {part: shapes[part] for part in optimizer.parts}, key)
-    small = {role: jax.eval_shape(lambda p: frozen(p, dtype), x) for role, x in shapes.items()}
-    if stage.rollout_mesh:
-        policy = placed(small["policy"], shapes_and_places(step.configs["policy"], decode)[1])
-    else:
-        policy = placed(shapes["policy"], shardings.params["policy"])
-    inputs = (policy, token_shapes(stage.batch_size, stage.prompt_len), jax.ShapeDtypeStruct((stage.batch_size,), jnp.int32), key)
-    if step.phase == "sample":
-        return phases.sample.lower(*inputs)
-    judges = judge_params(stage, {role: placed(small[role], shapes_and_places(cfg, mesh)[1]) for role, cfg in step.configs.items()})
-    offsets = {"reward": 0.0, "value": 0.0, "tests": dict.fromkeys(stage.tests, 0.0)}
-    samples = split_rows(jax.eval_shape(phases.sample, *inputs)[0], mesh)
-    packer, full, none = full_replies(stage, vocab, batch_ways(mesh))
-    laid = split_rows(packer.pack(full, none), mesh) if is_packed(stage, batch_ways(mesh)) else samples.rows
-    scored = (state.params, judges, samples, laid, offsets, 0.0)
-    if step.phase == "score":
-        return phases.score.lower(*scored)
-    order, packed = minibatches(stage, packer, full, none, np.random.default_rng(0))
-    rollout = split_rows(jax.eval_shape(phases.score, *scored)[0], mesh)
-    return phases.update.lower(state, rollout, order, split_rows(packed, mesh, batches_sharding(mesh)))
-
-
-def full_replies(stage: PPO, vocab: Vocabulary, ways: int):
-    """What packs the replies of a stage, and a batch of them that is as long as there can be: what is planned for."""
-    each = lambda n: np.full(stage.batch_size, n, np.int32)  # noqa: E731
-    width = stage.prompt_len + stage.sampling.max_new_tokens
-    return reply_packer(stage, vocab, ways), Tokens(np.full((stage.batch_size, width), vocab.eoc + 1), each(stage.prompt_len), each(width)), each(0)
-
-
-def placed(shapes, shardings):
-    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
-
-
-def split_rows(shapes, mesh, sharding=None):
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding or batch_sharding(mesh)), shapes)
-
-
-def check_step(step: Step, mesh) -> None:
-    """Raises ValueError on a batch that does not divide, as the loops do."""
-    stage = step.stage
-    check_batch(stage.batch_size // (getattr(stage, "minibatches", 1) * stage.micro_batches), mesh)
-
-
-def holdings(step: Step, mesh, decode, dtype: str) -> tuple[dict[str, int], int]:
-    """(bytes that a device holds while the step runs, by what they are; how many of them are not the step's arguments).
-
-    "cache": keys and values of sampling, a part of the temporaries. A PPO stage holds its frozen models and optimisers all along.
-    """
-    if isinstance(step.stage, Training):
-        optimizer = make_optimizer(step.stage.optim, step.stage.steps or 1)
-        return split_state(optimizer, *shapes_and_places(step.configs["model"], mesh), mesh), 0
-    stage, optimizer = step.stage, ppo_optimizer(step.stage)
-    found = {role: shapes_and_places(cfg, mesh) for role, cfg in step.configs.items()}
-    held = split_state(optimizer, *({part: found[part][i] for part in optimizer.parts} for i in (0, 1)), mesh)
-    held["frozen models"] = sum(weight_bytes(*found[role], dtype) for role in found if role not in ("policy", "value"))
-    if step.phase == "update":
-        return held, held["frozen models"]
-    if step.phase == "score":
-        return held, held["optimiser"]
-    cfg, rows = step.configs["policy"], stage.batch_size // batch_ways(decode)
-    heads = cfg.kv_heads // decode.shape["tensor"]
-    width = stage.prompt_len + stage.sampling.max_new_tokens
-    beside = sum(held.values())
-    if stage.rollout_mesh:
-        held["decode weights"] = weight_bytes(*shapes_and_places(cfg, decode), dtype)
-    else:  # it samples with the very parameters that it trains
-        beside -= bytes_per_device(*found["policy"])
-    return held | {"cache": 2 * cfg.layers * rows * heads * width * cfg.head_dim * jnp.dtype(dtype).itemsize}, beside
-
-
-def split_state(optimizer, shapes, places, mesh) -> dict[str, int]:
-    """Bytes a device of a TrainState: parameters, and the optimiser with the step and the key."""
-    state = jax.eval_shape(lambda p, k: init_state(p, optimizer, k), shapes, jax.eval_shape(lambda: jax.random.key(0)))
-    parameters = bytes_per_device(shapes, places)
-    return {"parameters": parameters, "optimiser": bytes_per_device(state, state_shardings(optimizer, shapes, places, mesh)) - parameters}
-
-
-def weight_bytes(shapes, places, dtype: str) -> int:
-    """Bytes a device of a model that is not trained: matrices in the compute dtype."""
-    small = jax.tree.map(lambda x, matrix: jax.ShapeDtypeStruct(x.shape, dtype if matrix else x.dtype), shapes, decayed(shapes))
-    return bytes_per_device(small, places)
-
-
-def shapes_and_places(cfg: ModelConfig, mesh):
-    """(shapes, shardings) of a model's parameters."""
-    shapes, axes = parameters_of(cfg)
-    return shapes, param_shardings(axes, shapes, mesh)
-
-
-@lru_cache
-def parameters_of(cfg: ModelConfig):
-    """(shapes, logical axes): tracing a model takes longer than all else that a search does without compiling."""
-    model = make_model(cfg)
-    return jax.eval_shape(model.init, jax.random.key(0)), model.axes()
-
-
-def extent(mesh) -> dict[str, dict[int, int]]:
-    """Mesh axis -> dimension of the torus -> how many places along it the devices of one group take."""
-    found = {}
-    for i, axis in enumerate(mesh.axis_names):
-        line = mesh.devices[tuple(slice(None) if j == i else 0 for j in range(mesh.devices.ndim))]
-        places = list(zip(*(tuple(d.coords) for d in line.flat)))
-        found[axis] = {dim: len(set(at)) for dim, at in enumerate(places) if len(set(at)) > 1}
-    return found
-
-
 # Search ---------------------------------------------------------------------------------------------------------------
 
 
@@ -414,8 +252,8 @@ def candidates(step: Step, topology: Topology) -> Iterator[Step]:
 def heading(topology: Topology) -> str:
     chip = topology.chip
     split = f", {chip.devices} devices a chip: {topology.devices} devices of {chip.memory / chip.devices / GIB:.2f} GiB"
-    return (f"{topology.name}: {topology.chips} chips{split if chip.devices > 1 else ''}; a chip: {chip.flops / 1e12:.0f} TFLOP/s bf16, {chip.memory / GIB:.2f} GiB "
-            f"at {chip.bandwidth / 1e9:.0f} GB/s, links of {chip.link / 1e9:.0f} GB/s each way")  # fmt: skip
+    return (f"{topology.name}: {topology.chips} chips{split if chip.devices > 1 else ''}; a chip: {chip.flops / 1e12:.0f} TFLOP/s bf16, "
+            f"{chip.memory / GIB:.2f} GiB at {chip.bandwidth / 1e9:.0f} GB/s, links of {chip.link / 1e9:.0f} GB/s each way")  # fmt: skip
 
 
 def report(e: Estimate, topology: Topology) -> Iterator[str]:

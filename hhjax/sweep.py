@@ -7,14 +7,16 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from hhjax import launch
-from hhjax.experiment import Placed, Run, Stage, place
+from hhjax.experiment import Run
 from hhjax.fields import ConfigError, names_in
 from hhjax.flags import Command, parse
 from hhjax.io import bucket
 from hhjax.io.rundir import why_not_done
 from hhjax.jobs import Gke, Job, Local, Slurm
 from hhjax.jobset import Pod, slices
+from hhjax.placing import Placed, place
 from hhjax.sharding import mesh_sizes
+from hhjax.stages import Stage
 
 POLL_S = 0.2
 BACKENDS = ("local", "slurm", "gke")
@@ -115,8 +117,9 @@ def check_fit(stage: Stage, devices: int, where: str) -> None:
         ways = data * fsdp * parts
         if stage.kind != "evaluate" and stage.batch_size % ways:
             cut = f" in {parts} parts" if parts > 1 else ""
-            raise ConfigError(f"{here}: a batch of {stage.batch_size}{cut} does not divide over the mesh data {data} x fsdp {fsdp} x tensor {tensor} = {devices}; "
-                              f"give --{stage.name}.batch-size {-(-stage.batch_size // ways) * ways}, a larger {flag}.tensor, or a smaller slice")  # fmt: skip
+            raise ConfigError(f"{here}: a batch of {stage.batch_size}{cut} does not divide over the mesh data {data} x fsdp {fsdp} x tensor "
+                              f"{tensor} = {devices}; give --{stage.name}.batch-size {-(-stage.batch_size // ways) * ways}, a larger "
+                              f"{flag}.tensor, or a smaller slice")  # fmt: skip
 
 
 def list_jobs(placed: Sequence[tuple[Run, Sequence[Placed]]], stage: str | None = None) -> list[Job]:
@@ -134,7 +137,8 @@ def list_jobs(placed: Sequence[tuple[Run, Sequence[Placed]]], stage: str | None 
         return list(jobs.values())
     wanted = {p.dir for _, stages in placed for p in stages if p.stage.name == stage}
     if not wanted:
-        raise ConfigError(f"--stage {stage!r} is no stage of these runs; they have {', '.join(dict.fromkeys(p.stage.name for _, s in placed for p in s))}")
+        known = dict.fromkeys(p.stage.name for _, stages in placed for p in stages)
+        raise ConfigError(f"--stage {stage!r} is no stage of these runs; they have {', '.join(known)}")
     for folder in reversed(jobs):  # children before parents
         wanted |= jobs[folder].needs if folder in wanted else set()
     return [job for folder, job in jobs.items() if folder in wanted]

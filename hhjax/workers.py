@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hhjax import launch
-from hhjax.experiment import place
 from hhjax.flags import parse
 from hhjax.io.metrics import clock
+from hhjax.placing import place
 from hhjax.sweep import POLL_S, Stopped, raise_stopped, without
 
 

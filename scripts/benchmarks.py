@@ -85,10 +85,12 @@ def measure(command: str) -> list[dict]:
 def section(command: str, columns: list[str], rows: list[dict]) -> str:
     """The command, where, when and at which commit it ran, and a table of the columns."""
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, stdout=subprocess.PIPE, text=True).stdout.strip() or "unknown"
-    where = f"{datetime.now(timezone.utc):%d %B %Y}, commit {commit}, {rows[0]['device']}, {os.cpu_count()} cores of {processor()}, jax {rows[0]['jax']}, load {rows[0]['load']}"
-    ceiling = f", matrix products {rows[0]['ceiling_gflops']} GFLOP/s" if "ceiling_gflops" in rows[0] else ""
-    lines = [f"    hhjax bench {command}", "", f"{where}{ceiling}", "", "| " + " | ".join(columns) + " |", "| " + " | ".join("---" for _ in columns) + " |"]
-    return "\n".join(lines + ["| " + " | ".join(str(row[name]) for name in columns) + " |" for row in rows])
+    first, when = rows[0], f"{datetime.now(timezone.utc):%d %B %Y}"
+    where = f"{when}, commit {commit}, {first['device']}, {os.cpu_count()} cores of {processor()}, jax {first['jax']}, load {first['load']}"
+    ceiling = f", matrix products {first['ceiling_gflops']} GFLOP/s" if "ceiling_gflops" in first else ""
+    table = [columns, ["---"] * len(columns), *([row[name] for name in columns] for row in rows)]
+    lines = [f"    hhjax bench {command}", "", f"{where}{ceiling}", "", *("| " + " | ".join(map(str, line)) + " |" for line in table)]
+    return "\n".join(lines)
 
 
 def processor() -> str:

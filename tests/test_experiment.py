@@ -7,14 +7,15 @@ from dataclasses import dataclass, replace
 import jax.numpy as jnp
 import pytest
 
-from hhjax import experiment as ex
 from hhjax import identity
 from hhjax.data.comparisons import ComparisonData
 from hhjax.data.sources import TextData
-from hhjax.experiment import LM, PM, Evaluate, Experiment, Report, Run, Tokenizer, edit, grid, override, place
+from hhjax.experiment import Experiment, Run, as_runs, edit, grid, override
 from hhjax.fields import ConfigError, names_in
 from hhjax.objectives.preference import PreferenceLoss, preference_objective
+from hhjax.placing import canonical_data, place
 from hhjax.sharding import MeshConfig
+from hhjax.stages import LM, PM, Evaluate, Report, Tokenizer, split_step
 
 TEXT, PAIRS = TextData(("text.jsonl",)), ComparisonData(("pairs.jsonl",))
 BASE = Experiment(
@@ -105,15 +106,15 @@ def test_an_axis_may_be_several_paths_and_may_be_labelled():
 
 def test_an_overridden_axis_renames_and_merges_runs():
     runs = grid(BASE, {"lm.model": ("0.1M",), "seed": (0, 1)})
-    merged = ex.as_runs([override(r, "seed", 7) for r in runs])
+    merged = as_runs([override(r, "seed", 7) for r in runs])
     assert [r.name for r in merged] == ["lm.model=0.1M,seed=7"] and merged[0].experiment.seed == 7
 
 
 def test_runs_of_one_name_must_be_equal():
     with pytest.raises(ConfigError, match="two runs are called"):
-        ex.as_runs([BASE, edit(BASE, "seed", 1)])
+        as_runs([BASE, edit(BASE, "seed", 1)])
     with pytest.raises(ConfigError, match="must be an Experiment"):
-        ex.as_runs([3])
+        as_runs([3])
 
 
 # Validation
@@ -138,8 +139,8 @@ def test_a_wrong_experiment_is_refused(stages, message):
 
 
 def test_references_split_into_target_and_step():
-    assert ex.split_step("lm@200") == ("lm", 200) and ex.split_step("lm") == ("lm", None)
-    assert ex.split_step("gs://b/lm@7") == ("gs://b/lm", 7) and ex.split_step("me@home/lm") == ("me@home/lm", None)
+    assert split_step("lm@200") == ("lm", 200) and split_step("lm") == ("lm", None)
+    assert split_step("gs://b/lm@7") == ("gs://b/lm", 7) and split_step("me@home/lm") == ("me@home/lm", None)
 
 
 # Identity
@@ -320,8 +321,8 @@ def test_names_with_commas_between():
 
 def test_a_stage_may_be_the_only_data_and_have_a_share(tmp_path):
     (tmp_path / "pairs.jsonl").write_text("{}\n")
-    alone = ex.canonical_data(ComparisonData(("gen",)), {"gen": "0123456789"}, tmp_path)
+    alone = canonical_data(ComparisonData(("gen",)), {"gen": "0123456789"}, tmp_path)
     assert alone["sources"] == ["0123456789"] and alone["files"] == []
     mixed = ComparisonData(("gen", "pairs.jsonl"), shares=(0.5, 0.5))
-    found = ex.canonical_data(mixed, {"gen": "0123456789"}, tmp_path)
+    found = canonical_data(mixed, {"gen": "0123456789"}, tmp_path)
     assert found["files"] == [identity.file_digest(tmp_path / "pairs.jsonl")]

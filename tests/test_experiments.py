@@ -19,10 +19,10 @@ import pytest
 from hhjax.analysis.clinic import write_report
 from hhjax.data.sources import EXAMS
 from hhjax.evals.replies import HABITS
-from hhjax.experiment import place
 from hhjax.fields import ConfigError
 from hhjax.flags import parse
 from hhjax.model.sizes import SIZES
+from hhjax.placing import place
 from hhjax.types import Rollout
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -210,17 +210,29 @@ def test_ppo_and_rejection_sampling_go_from_data_to_figure(hh_data, hhjax, tmp_p
     assert (tmp_path / "runs" / "figures" / "best_of_n" / "reward_vs_sqrt_kl.png").stat().st_size > 5000
 
 
-@pytest.mark.slow
-def test_the_online_loop_goes_from_nothing_to_ratings(hhjax, tmp_path):
-    process = hhjax("run", ROOT / "experiments" / "clinic_online.py", "--fast", "--seeds", 1, "--jobs", 2, env={"HHJAX_DATA": ""})
+@pytest.fixture(scope="session")
+def clinic(tmp_path_factory, start_hhjax):
+    """(a folder in which the quickstart has run, what it printed): its world and language model are the clinic's other experiments' too."""
+    folder = tmp_path_factory.mktemp("clinic")
+    process = start_hhjax(folder, "run", ROOT / "experiments" / "quickstart.py", "--fast", "--jobs", 2, env={"HHJAX_DATA": ""})
     output, _ = process.communicate(timeout=900)
     assert process.returncode == 0, output
-    script = [sys.executable, ROOT / "scripts" / "plot_elo.py", tmp_path / "runs" / "experiments" / "clinic_online.json"]
+    return folder, output
+
+
+@pytest.mark.slow
+def test_the_online_loop_goes_to_ratings(clinic, start_hhjax):
+    folder, _ = clinic
+    args = ("run", ROOT / "experiments" / "clinic_online.py", "--fast", "--seeds", 1, "--jobs", 2)
+    process = start_hhjax(folder, *args, env={"HHJAX_DATA": ""})
+    output, _ = process.communicate(timeout=900)
+    assert process.returncode == 0, output
+    script = [sys.executable, ROOT / "scripts" / "plot_elo.py", folder / "runs" / "experiments" / "clinic_online.json"]
     drawn = subprocess.run(script, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
     assert drawn.returncode == 0, drawn.stderr
-    [folder] = (tmp_path / "runs" / "elo").glob("*")
-    rows = {row["policy"]: row for row in json.loads((folder / "evals" / "elo.json").read_text())["rows"]}
-    with open(tmp_path / "runs" / "figures" / "clinic_online" / "elo.csv") as f:
+    [rated] = (folder / "runs" / "elo").glob("*")
+    rows = {row["policy"]: row for row in json.loads((rated / "evals" / "elo.json").read_text())["rows"]}
+    with open(folder / "runs" / "figures" / "clinic_online" / "elo.csv") as f:
         points = [row for row in csv.DictReader(f) if row["line"] == "ppo_online"]
     ends = {row["panel"]: row for row in points if float(row["x"]) == 15 * 64}
     assert float(ends["raters"]["y"]) == pytest.approx(rows["ppo_online"]["elo"])
@@ -229,20 +241,18 @@ def test_the_online_loop_goes_from_nothing_to_ratings(hhjax, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_quickstart_goes_from_nothing_to_a_report(hhjax, tmp_path):
+def test_the_quickstart_goes_from_nothing_to_a_report(clinic, tmp_path):
     """With two processes that share its stages; the report's figures are those that the figure functions draw from the folders."""
-    process = hhjax("run", ROOT / "experiments" / "quickstart.py", "--fast", "--jobs", 2, env={"HHJAX_DATA": ""})
-    output, _ = process.communicate(timeout=900)
-    assert process.returncode == 0, output
-    index = json.loads((tmp_path / "runs" / "experiments" / "quickstart.json").read_text())["runs"]["quickstart"]
+    runs, output = clinic[0] / "runs", clinic[1]
+    index = json.loads((runs / "experiments" / "quickstart.json").read_text())["runs"]["quickstart"]
     assert f"{len(set(index.values()))} of {len(set(index.values()))} stages done" in output
-    starts = [json.loads(line) for f in (tmp_path / "runs").glob("*/*/events.jsonl") for line in f.read_text().splitlines()]
-    starts = [e for e in starts if e["event"] == "start"]
+    events = [json.loads(line) for stage in set(index.values()) for line in (runs / stage / "events.jsonl").read_text().splitlines()]
+    starts = [e for e in events if e["event"] == "start"]
     assert len(starts) == len(set(index.values())) and len({e["pid"] for e in starts}) == 2  # each once, by two processes
-    report = tmp_path / "runs" / index["report"]
+    report = runs / index["report"]
     page = (report / "report.html").read_text()
     assert page.count("data:image/svg+xml") == 10 and "<script" not in page and "http://" not in page.replace("http://www.w3.org", "")
-    folders = {stage: tmp_path / "runs" / folder for stage, folder in index.items()}
+    folders = {stage: runs / folder for stage, folder in index.items()}
     again = write_report(folders, tmp_path / "again")
     assert again.splitlines()[:-1] == (report / "report.txt").read_text().splitlines()[:-1]
     for found in again.splitlines()[:-1]:

@@ -23,7 +23,8 @@ HEARTBEAT_S = 10
 EXPERIMENT = """
 from hhjax.data.comparisons import ComparisonData
 from hhjax.data.sources import TextData
-from hhjax.experiment import LM, PM, Experiment
+from hhjax.experiment import Experiment
+from hhjax.stages import LM, PM
 from hhjax.sharding import MeshConfig
 
 COMMON = dict(tokenizer={tokenizer!r}, model="0.1M", mesh=MeshConfig(2, 2, 2), batch_size=8, log_every=1, eval_rows=12)

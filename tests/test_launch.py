@@ -7,16 +7,17 @@ from pathlib import Path
 import pytest
 
 from hhjax import cli, flags, launch, sweep
-from hhjax.experiment import Diverged, Preempted
 from hhjax.fields import ConfigError
 from hhjax.identity import folder_digest
 from hhjax.io.metrics import read_events
 from hhjax.sharding import MeshConfig, make_mesh
+from hhjax.stages import Diverged, Preempted
 
 CHAIN = '''"""A chain of three stages, for two seeds."""
 from hhjax.data.comparisons import ComparisonData
 from hhjax.data.sources import TextData
-from hhjax.experiment import LM, PM, Experiment, Tokenizer, grid
+from hhjax.experiment import Experiment, grid
+from hhjax.stages import LM, PM, Tokenizer
 from losses import doubled
 
 TEXT = TextData(sources=("text.jsonl",))
@@ -42,7 +43,8 @@ def doubled(model, cfg):
 
 FOREIGN = """
 from hhjax.data.comparisons import ComparisonData
-from hhjax.experiment import PM, Experiment
+from hhjax.experiment import Experiment
+from hhjax.stages import PM
 
 RUNS = Experiment("foreign", (
     PM("pm", init={folder!r}, data=ComparisonData(("pairs.jsonl",)), seq_len=160, batch_size=8, steps=2, eval_rows=8),
@@ -197,7 +199,8 @@ def test_help_without_a_file_says_how_to_ask(command, capsys):
 def test_arguments_of_runs_become_flags(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "path", list(sys.path))
     (tmp_path / "made.py").write_text(
-        "from hhjax.experiment import Experiment, Tokenizer, grid\n"
+        "from hhjax.experiment import Experiment, grid\n"
+        "from hhjax.stages import Tokenizer\n"
         "def runs(fast=False, folds: int = 2):\n"
         "    base = Experiment('made', (Tokenizer('tok', vocab=300 if fast else 400),))\n"
         "    return grid(base, {'seed': range(folds)})\n"
@@ -207,7 +210,8 @@ def test_arguments_of_runs_become_flags(tmp_path, monkeypatch):
     command, _ = flags.parse([path, "--folds", "3", "--fast"], "x")
     assert len(command.runs) == 3 and command.runs[0].experiment.stage("tok").vocab == 300
     (tmp_path / "two.py").write_text(
-        "from hhjax.experiment import Experiment, Tokenizer, grid\n"
+        "from hhjax.experiment import Experiment, grid\n"
+        "from hhjax.stages import Tokenizer\n"
         "RUNS = [r for n in 'ab' for r in grid(Experiment(n, (Tokenizer('tok'),)), {'seed': (0, 1)})]\n"
     )
     two = str(tmp_path / "two.py")

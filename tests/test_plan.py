@@ -10,11 +10,12 @@ from hhjax.data.comparisons import ComparisonData, load_comparisons
 from hhjax.data.packing import PackedSource
 from hhjax.data.sources import TextData
 from hhjax.data.tokenizer import load_tokenizer
-from hhjax.experiment import LM, PM, PPO, Evaluate, Experiment, Run, Tokenizer
+from hhjax.experiment import Experiment, Run
 from hhjax.model.generate import Sampling
 from hhjax.model.sizes import model_config
 from hhjax.model.transformer import make_model
 from hhjax.sharding import MeshConfig, make_mesh, param_shardings
+from hhjax.stages import LM, PM, PPO, Evaluate, Tokenizer
 from hhjax.train.state import make_optimizer, state_shardings
 
 TEXT, PAIRS = TextData(("text.jsonl",)), ComparisonData(("pairs.jsonl",))

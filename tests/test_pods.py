@@ -10,16 +10,16 @@ import jax
 import pytest
 from jax.sharding import AbstractMesh
 
-from hhjax import pods
+from hhjax import lowering, pods
 from hhjax.aot import Compiled, compile_for_tpu
 from hhjax.chips import GIB, Topology, parse_topology
-from hhjax.experiment import edit
+from hhjax.experiment import Run, edit
 from hhjax.fields import ConfigError
 from hhjax.flags import parse
 from hhjax.hlo import Collective, Program, full_gathers
 from hhjax.model.sizes import model_config
 from hhjax.model.transformer import make_model
-from hhjax.sharding import AXES, MeshConfig
+from hhjax.sharding import AXES, MeshConfig, mesh_sizes
 
 POD = Path(__file__).resolve().parent.parent / "experiments" / "pods.py"
 TPU = (Path(__file__).parent / "golden" / "tpu_step.hlo").read_text()
@@ -30,13 +30,13 @@ def command(*flags):
     return parse([str(POD), *map(str, flags)], "hhjax plan", pods.PlanFlags)
 
 
-def steps(size: str, stage: str, chip: str = "v5p", **changes) -> list[pods.Step]:
+def steps(size: str, stage: str, chip: str = "v5p", **changes) -> list[lowering.Step]:
     """The step functions of a stage of the shipped ladder, with fields changed."""
     [run] = command("--chip", chip, "--only", size)[0].runs
     experiment = run.experiment
     for path, value in changes.items():
         experiment = edit(experiment, f"{stage}.{path}", value)
-    return list(pods.steps_of(pods.Run(experiment, run.axes), stage))
+    return list(pods.steps_of(Run(experiment, run.axes), stage))
 
 
 def abstract(data: int, fsdp: int, tensor: int) -> AbstractMesh:
@@ -49,7 +49,7 @@ def abstract(data: int, fsdp: int, tensor: int) -> AbstractMesh:
 def test_the_state_of_52b_over_fsdp_16_and_tensor_4():
     """f32 weights and two moments of 64 x 12 x 8192^2 + 50,304 x 8192 matrix elements over 64 devices, vectors whole: 9.1 GiB."""
     [step] = steps("52B", "pm")
-    held, beside = pods.holdings(step, abstract(1, 16, 4), abstract(1, 16, 4), "bfloat16")
+    held, beside = lowering.holdings(step, abstract(1, 16, 4), abstract(1, 16, 4), "bfloat16")
     matrices, vectors = 64 * 12 * 8192**2 + 50_304 * 8192, (4 * 64 + 3) * 8192
     weights = 4 * (matrices // 64 + vectors)
     assert 0 < held["optimiser"] - 2 * weights < 32  # counters and the key
@@ -61,14 +61,14 @@ def test_ppo_holds_two_trained_models_and_two_frozen_ones_in_every_phase():
     mesh, decode = abstract(1, 16, 4), abstract(16, 1, 4)
     elements, vectors = (64 * 12 * 8192**2 + 50_304 * 8192), (4 * 64 + 3) * 8192
     for step in (sample, score, update):
-        held, _ = pods.holdings(step, mesh, decode, "bfloat16")
+        held, _ = lowering.holdings(step, mesh, decode, "bfloat16")
         assert held["parameters"] == 2 * 4 * (elements // 64 + vectors)
         assert held["frozen models"] == 2 * (2 * elements // 64 + 4 * vectors)
-    held, beside = pods.holdings(sample, mesh, decode, "bfloat16")
+    held, beside = lowering.holdings(sample, mesh, decode, "bfloat16")
     assert held["decode weights"] == 2 * elements // 4 + 4 * vectors
     assert held["cache"] == 2 * 2 * 64 * (512 // 16) * (64 // 4) * 256 * 128  # keys and values, bf16, of 32 rows and 16 heads
     assert beside == held["parameters"] + held["optimiser"] + held["frozen models"]
-    assert pods.holdings(update, mesh, decode, "bfloat16")[1] == held["frozen models"]
+    assert lowering.holdings(update, mesh, decode, "bfloat16")[1] == held["frozen models"]
 
 
 def test_an_exchange_takes_its_share_of_the_whole_over_the_links():
@@ -142,10 +142,10 @@ def test_every_slice_holds_its_models_and_divides_its_batches(chip):
     for run, (shape, *_) in zip(runs, slices.values(), strict=True):
         topology = parse_topology(f"{chip}:{shape}")
         for step in pods.steps_of(run):
-            mesh, decode = (abstract(*pods.mesh_sizes(m or step.stage.mesh, topology.devices))
+            mesh, decode = (abstract(*mesh_sizes(m or step.stage.mesh, topology.devices))
                             for m in (step.stage.mesh, getattr(step.stage, "rollout_mesh", None)))  # fmt: skip
-            pods.check_step(step, mesh)
-            assert sum(pods.holdings(step, mesh, decode, "bfloat16")[0].values()) < topology.chip.memory
+            lowering.check_step(step, mesh)
+            assert sum(lowering.holdings(step, mesh, decode, "bfloat16")[0].values()) < topology.chip.memory
 
 
 # By the compiler ------------------------------------------------------------------------------------------------------
@@ -166,7 +166,7 @@ def test_nothing_is_replicated_or_resharded_by_accident(size, topology, stage):
     """An update gathers each layer's weights inside the loop over layers, in bf16, and no stack of layers outside it; gradients are
     scattered as they are reduced; the partitioner never copies an array whole; and all of it fits."""
     step = steps(size, stage)[-1]
-    compiled = compile_for_tpu(pods.lower, step, topology)
+    compiled = compile_for_tpu(lowering.lower, step, topology)
     assert not compiled.failure and compiled.warnings == ()
     found = pods.read(step, parse_topology(topology), compiled, *pods.work_of(step, step.stage.mesh.fsdp))
     assert found.fits and found.memory["batch"] < 1e-3 * found.used  # what it is given is what was counted by formula, and rows
@@ -197,7 +197,7 @@ def test_decoding_gathers_no_weights():
     """They are resharded once an iteration: inside the loop over tokens only activations travel."""
     sample = steps("197M", "ppo")[0]
     sample = sample._replace(stage=replace(sample.stage, rollout_mesh=MeshConfig(-1, 1, 2)))
-    compiled = compile_for_tpu(pods.lower, sample, "v5p:2x2x1")
+    compiled = compile_for_tpu(lowering.lower, sample, "v5p:2x2x1")
     found = pods.read(sample, parse_topology("v5p:2x2x1"), compiled, *pods.work_of(sample, 4))
     assert not compiled.failure and compiled.warnings == () and found.mesh == {"data": 2, "fsdp": 1, "tensor": 2}
     smallest = 2 * 1280 * 1280 // 2  # the least of a block's matrices, in bf16, on one device

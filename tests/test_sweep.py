@@ -20,7 +20,8 @@ from hhjax.io.metrics import read_events, read_rows, write_event
 SWEPT = '''"""A tokenizer and a language model for two seeds, each with a child."""
 from hhjax.data.comparisons import ComparisonData
 from hhjax.data.sources import TextData
-from hhjax.experiment import LM, PM, Experiment, Tokenizer, grid
+from hhjax.experiment import Experiment, grid
+from hhjax.stages import LM, PM, Tokenizer
 
 TEXT = TextData(sources=("text.jsonl",))
 BASE = Experiment("swept", (

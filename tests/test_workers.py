@@ -14,7 +14,8 @@ from hhjax.io.lock import Held, hold_lock
 
 SHARED = '''"""Two language models of one tokenizer."""
 from hhjax.data.sources import TextData
-from hhjax.experiment import LM, Experiment, Tokenizer
+from hhjax.experiment import Experiment
+from hhjax.stages import LM, Tokenizer
 
 TEXT = TextData(sources=("text.jsonl",))
 SHORT = dict(tokenizer="tok", model="0.1M", data=TEXT, batch_size=8, steps={steps}, seq_len=32, log_every=1, eval_rows=8)

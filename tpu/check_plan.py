@@ -17,7 +17,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 
 import jax  # noqa: E402
 
-from hhjax import pods  # noqa: E402
+from hhjax import lowering, pods  # noqa: E402
 from hhjax.chips import parse_topology  # noqa: E402
 from hhjax.experiment import Run, edit  # noqa: E402
 from hhjax.flags import load_file  # noqa: E402
@@ -44,7 +44,7 @@ def main() -> None:
     print("| step | held, planned | arguments, CPU | temporaries, planned (v5e:2x4) | temporaries, CPU | peak, planned | peak, CPU |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
     for step in pods.steps_of(Run(experiment), None):
-        lowered, facts, _ = pods.lower_on(step, jax.devices())
+        lowered, facts, _ = lowering.lower_on(step, jax.devices())
         real = lowered.compile().memory_analysis()
         held = dict(facts["held"])
         cache = held.pop("cache", 0)
@@ -57,7 +57,7 @@ def main() -> None:
         print(" | ".join([f"| {name}", *("" if c is None else f"{c / MIB:.2f}" for c in cells)]), "|", flush=True)
 
 
-def planned_temporaries(step: pods.Step) -> int | None:
+def planned_temporaries(step: lowering.Step) -> int | None:
     """What the plan says of a v5e slice of eight chips, cache included; None without libtpu."""
     if not importlib.util.find_spec("libtpu"):
         return None

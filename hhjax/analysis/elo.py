@@ -86,7 +86,8 @@ def line_of(policy: str, by_samples: dict[int, list[Rated]], what: str) -> Line:
 def ending(line: Line, guess: Line | None, perfect: Line) -> str:
     """A policy's last rating and what was guessed of it, in words."""
     guessed = f", its PM guesses {guess.y[-1]:+.0f}" if guess else ""
-    return f"{line.label} {line.y[-1]:+.0f} [{line.low[-1]:+.0f}, {line.high[-1]:+.0f}] (highest {max(line.y):+.0f}{guessed}, gold {perfect.y[-1]:+.0f})"
+    interval = f"[{line.low[-1]:+.0f}, {line.high[-1]:+.0f}]"
+    return f"{line.label} {line.y[-1]:+.0f} {interval} (highest {max(line.y):+.0f}{guessed}, gold {perfect.y[-1]:+.0f})"
 
 
 def difference(one: str, other: str, groups) -> str:

@@ -84,7 +84,7 @@ def accuracy_figure(results: Sequence[Result], path: Path) -> str:
 def mixture_figure(results: Sequence[Result], path: Path) -> str:
     """Figures 19 and 26: accuracy on each kind of test, and their mean, against the harmless share of training."""
     lines, means = [], []
-    for (size, name), group in _grouped(results, lambda r: (r.about["parameters"], r.about["size"])).items():
+    for (_, name), group in _grouped(results, lambda r: (r.about["parameters"], r.about["size"])).items():
         scores = by(group, lambda r: round(sum(share for source, share in r.about["shares"].items() if source.startswith("harmless")), 2))
         shares = [100 * s for s in scores]
         kinds = {}

@@ -186,8 +186,8 @@ def parting(train, test, window: int = WINDOW, least: float = 0.25) -> int | Non
 def reward_figure(curves: Sequence[Curve], best: Sequence[Best], path: Path, most: float = np.inf) -> str:
     """Figures 4, 13 and 33: scores on the training PM (solid) and the test PMs (dashed) against samples and sqrt(KL).
 
-    A run that several experiments share is drawn once; the experiment's name is told where there are several. Curves are smoothed for the eye; fits, up to sqrt(KL) = most, are
-    of the raw points of all seeds of a label.
+    A run that several experiments share is drawn once; the experiment's name is told where there are several. Curves are smoothed for
+    the eye; fits, up to sqrt(KL) = most, are of the raw points of all seeds of a label.
     """
     groups = defaultdict(list)
     for curve in {curve.dir.resolve(): curve for curve in reversed(curves)}.values():

@@ -20,7 +20,7 @@ from typing import NamedTuple
 import numpy as np
 
 from hhjax.clinic import replies
-from hhjax.clinic.world import ASKED_BACK, SLOTS, Scene, fill, pattern, read_prompt, slot_names, taken
+from hhjax.clinic.world import ASKED_BACK, SLOTS, Scene, pattern, read_prompt, slot_names, taken
 
 MOST_WORDS = 30
 LONG = 23  # words: no right answer with an opener and a closer has more

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from hhjax.fields import ConfigError
 from hhjax.io import lock
-from hhjax.io.files import is_remote, write_atomically
+from hhjax.io.files import is_remote
 
 LISTED = ("config.json", "metrics.jsonl", "events.jsonl", "summary.json", "checkpoints.at", "LOCK", "DONE")  # what `ls` reads
 ASK_S = 5.0  # between two questions to a bucket whether a stage is done

@@ -15,7 +15,7 @@ from hhjax.io import bucket
 from hhjax.io.files import write_atomically
 
 TIMING = ("seconds", "tokens_per_s", "flops_per_s", "share_of_ceiling", "useful_share", "memory_gib", "samples_per_s",
-          *(f"{phase}_{unit}" for phase in ("generate", "score", "train") for unit in ("s", "tokens_per_s")))  # may differ between equal runs
+          *(f"{phase}_{unit}" for phase in ("generate", "score", "train", "read") for unit in ("s", "tokens_per_s")))  # may differ between equal runs
 
 
 class MetricsWriter:

@@ -9,11 +9,11 @@ import jax.numpy as jnp
 
 from hhjax.data.stream import PromptSource
 from hhjax.data.transcripts import ASSISTANT, HUMAN, OPEN_REPLY, Turn, render
-from hhjax.experiment import split_step
 from hhjax.loops.sampling import reply_texts
 from hhjax.loops.supervised import load_model
 from hhjax.model.generate import Sampling, generate
 from hhjax.sharding import make_mesh
+from hhjax.stages import split_step
 
 WIDTHS = (64, 128, 256, 512, 1024)  # prompts are padded to one of these, each compiled once; longer ones lose their start
 

@@ -2,9 +2,9 @@
 
 import jax
 
-from hhjax.experiment import Clinic, StageContext
 from hhjax.io.metrics import write_event
 from hhjax.loops.waiting import on_first
+from hhjax.stages import Clinic, StageContext
 
 
 def run(stage: Clinic, ctx: StageContext) -> None:

@@ -8,14 +8,15 @@ import numpy as np
 
 from hhjax.analysis.stats import Estimate, mean_estimate
 from hhjax.evals.elo import ELO, Rating, rate
-from hhjax.experiment import Elo, StageContext, split_step
 from hhjax.io.files import write_atomically
 from hhjax.loops.sampling import COMPARED, EVALUATION, check_sampling, draw_and_judge, even_rows, load_all, load_prompts, write_samples
 from hhjax.sharding import make_mesh
+from hhjax.stages import Elo, StageContext, split_step
 
 
 def run(stage: Elo, ctx: StageContext) -> None:
-    """Writes evals/elo.json: of every policy its rating and the guesses of PMs and of the raters' own gold; evals/table.txt; and samples/elo.jsonl."""
+    """Writes evals/elo.json, of every policy its rating and the guesses of PMs and of the raters' own gold; evals/table.txt; and
+    samples/elo.jsonl."""
     mesh = make_mesh(stage.mesh)
     check_sampling(stage, mesh)
     names = {f"policies.{i}": ref for i, ref in enumerate(stage.policies)}

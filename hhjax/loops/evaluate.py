@@ -13,7 +13,6 @@ from hhjax.data.records import DataError
 from hhjax.data.transcripts import HUMAN, parse_transcript
 from hhjax.evals.baselines import baseline_margins
 from hhjax.evals.preference import score_comparisons
-from hhjax.experiment import Evaluate, StageContext
 from hhjax.fields import ConfigError
 from hhjax.io.metrics import read_events
 from hhjax.loops import inputs
@@ -22,6 +21,7 @@ from hhjax.loops.waiting import on_first
 from hhjax.model.sizes import matmul_params
 from hhjax.model.transformer import RunConfig
 from hhjax.sharding import batch_ways, make_mesh
+from hhjax.stages import Evaluate, StageContext
 
 
 def run(stage: Evaluate, ctx: StageContext) -> None:
@@ -58,7 +58,9 @@ def summarise(stage: Evaluate, ctx: StageContext, found: np.ndarray, train, test
         rejected=found[:, 1],
         baselines=baseline_margins(train, test) if stage.baselines else {},
     )
-    bayes = {"bayes": bayes_accuracy([row.prompt for row in test], [(row.chosen, row.rejected) for row in test], stage.raters)} if stage.raters else {}
+    bayes = {}
+    if stage.raters:
+        bayes["bayes"] = bayes_accuracy([row.prompt for row in test], [(row.chosen, row.rejected) for row in test], stage.raters)
     saw = Counter(row.source for row in train)
     trained = next((e["rows"] for e in reversed(read_events(folder)) if e["event"] == "data"), len(train))  # the others did not fit
     about = {

@@ -16,7 +16,6 @@ from hhjax.data.stream import PromptSource
 from hhjax.data.transcripts import HUMAN, OPEN_REPLY, Turn, render
 from hhjax.evals.multiple_choice import ask
 from hhjax.evals.ood import auroc, exposed_scores, fit_gaussian, mahalanobis, relative_mahalanobis
-from hhjax.experiment import Detect, Exam, Questions, StageContext
 from hhjax.fields import ConfigError
 from hhjax.io.files import write_atomically
 from hhjax.io.metrics import write_event
@@ -26,6 +25,7 @@ from hhjax.loops.supervised import load_model
 from hhjax.loops.waiting import on_first
 from hhjax.model.transformer import first_layers, make_model
 from hhjax.sharding import batch_host, check_batch, make_mesh, put_batch, replicated
+from hhjax.stages import Detect, Exam, Questions, StageContext
 
 DRAWS = 5  # draws of the few outside examples that a probe is shown, as in the paper
 

@@ -9,8 +9,8 @@ from types import MappingProxyType
 import jax
 import numpy as np
 
-from hhjax.experiment import Diverged, Preempted, StageContext
 from hhjax.io.metrics import Console, MetricsWriter, NullConsole, NullWriter, write_event
+from hhjax.stages import Diverged, Preempted, StageContext
 
 # Where a run stands: the last step done, the real (not padding) tokens trained on so far, and whether that step's evaluation was
 # given up, for a stop, and is still to be made.

@@ -5,8 +5,8 @@ import jax
 from hhjax.analysis.figures import calibration_figure, turn_figure
 from hhjax.analysis.runs import load_result
 from hhjax.analysis.scores import accuracy_rows, accuracy_table
-from hhjax.experiment import Report, StageContext
 from hhjax.loops.waiting import on_first
+from hhjax.stages import Report, StageContext
 
 
 def run(stage: Report, ctx: StageContext) -> None:

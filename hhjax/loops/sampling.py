@@ -17,7 +17,6 @@ from hhjax.data.stream import Host, PromptSource
 from hhjax.data.tokenizer import Tokenizer
 from hhjax.data.transcripts import has_marker
 from hhjax.evals.replies import best_of_n_kl, best_of_n_mean
-from hhjax.experiment import BestOfN, Comparisons, StageContext
 from hhjax.fields import ConfigError
 from hhjax.io.files import write_atomically
 from hhjax.io.metrics import write_event
@@ -27,8 +26,9 @@ from hhjax.model.generate import Sampling, generate, slots_of
 from hhjax.model.transformer import RunConfig
 from hhjax.objectives.preference import end_scores
 from hhjax.sharding import batch_host, batch_sharding, batch_ways, check_batch, make_mesh, put_batch, replicated
+from hhjax.stages import BestOfN, Comparisons, StageContext
 from hhjax.train.state import decayed
-from hhjax.types import Model, Params, Samples, Tokens, Vocabulary
+from hhjax.types import Model, Params, Tokens, Vocabulary
 
 COMPARED = 2**32 - 3  # the stream of numpy's random numbers that fresh comparisons are drawn with
 EVALUATION = 2**32 - 1  # the child of a sampling key that held-out prompts are answered with

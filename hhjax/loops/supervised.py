@@ -20,7 +20,6 @@ from hhjax import roofline
 from hhjax.data.packing import PackedSource
 from hhjax.data.stream import Host, LMSource, PairSource
 from hhjax.data.tokenizer import load_tokenizer, train_tokenizer
-from hhjax.experiment import DEFAULT_SIZE, PM, Preempted, StageContext, Tokenizer, Training
 from hhjax.fields import ConfigError
 from hhjax.io import checkpoint
 from hhjax.io.files import write_atomically
@@ -32,6 +31,7 @@ from hhjax.loops.waiting import on_all, on_first
 from hhjax.model.sizes import model_config
 from hhjax.model.transformer import ModelConfig, RunConfig, config_to_json, make_model
 from hhjax.sharding import batch_host, batch_ways, check_batch, make_mesh, param_shardings, put_batch
+from hhjax.stages import DEFAULT_SIZE, PM, Preempted, StageContext, Tokenizer, Training
 from hhjax.train.state import TrainState, init_state, make_optimizer, state_shardings
 from hhjax.train.step import make_train_step, shard_step
 from hhjax.types import Batch, LossFn, Model, PackedPairs, Pairs, Tokens

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import jax
 
 from hhjax.cluster import agreed, all_agree
-from hhjax.experiment import StageContext
+from hhjax.stages import StageContext
 
 POLL_S = 0.2
 

@@ -61,9 +61,9 @@ class RunConfig:
     """How a model is executed. Only dtype changes a result by more than rounding, and is part of a stage's identity.
 
     remat: "none", "dots" (keep matrix products) or "full" (keep block inputs only).
-    unroll: layers per scan step; 0 is all of up to 8 on CPU, where it saves a third, and one elsewhere. dtype: "float32", "bfloat16", or "auto" (bfloat16 on GPU and TPU);
-    parameters are f32 always. barrier: "auto" (CPU only), "on" or "off": what XLA's CPU compiler needs to be told of products, see `product`
-    and `unrolled`.
+    unroll: layers per scan step; 0 is all of up to 8 on CPU, where it saves a third, and one elsewhere.
+    dtype: "float32", "bfloat16", or "auto" (bfloat16 on GPU and TPU); parameters are f32 always.
+    barrier: "auto" (CPU only), "on" or "off": what XLA's CPU compiler needs to be told of products, see `product` and `unrolled`.
     """
 
     remat: str = field(default="none", metadata={"identity": False})

@@ -61,8 +61,9 @@ def make_score(actor: Actor, judges: Judges, vocab: Vocabulary, width: int, cfg:
     """score(params, frozen, samples, rows, offsets, beta) -> (Rollout, report), to be jitted.
 
     rows: what models read of the samples, `samples.rows` or PackedReplies of them; ways: the shards of these.
-    frozen: {"reference", "reward", "tests": {name: ...}} parameters. offsets: {"reward", "tests"} scores to subtract, and "value", what a centred score is on the value network's scale: the reward's offset where it started from that PM, which
-    predicts scores as they are, and 0 where it started from a head of zeros.
+    frozen: {"reference", "reward", "tests": {name: ...}} parameters. offsets: {"reward", "tests"} scores to subtract, and "value", what a
+    centred score is on the value network's scale: the reward's offset where it started from that PM, which predicts scores as they
+    are, and 0 where it started from a head of zeros.
     report: per sample, [B] each: score, test scores, k1 and k3 KL in nats, length, stopped; and scalars of the whole batch.
     """
 

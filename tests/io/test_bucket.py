@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 from etils import epath
 from fsspec.implementations.memory import MemoryFileSystem
-from jax.sharding import NamedSharding, PartitionSpec as P
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from hhjax.io import checkpoint
 from hhjax.io.files import POINTER, checkpoints_dir, write_atomically
@@ -127,7 +128,8 @@ def run_dir(storage, tmp_path):
 
 TRAINED = '''"""A tokenizer and a language model."""
 from hhjax.data.sources import TextData
-from hhjax.experiment import LM, Experiment, Tokenizer
+from hhjax.experiment import Experiment
+from hhjax.stages import LM, Tokenizer
 
 TEXT = TextData(sources=("text.jsonl",))
 RUNS = Experiment("trained", (

@@ -22,7 +22,8 @@ from hhjax.io.rundir import state_of
 ROOT = "memory://bucket/runs"
 TRAINED = '''"""A tokenizer and a language model."""
 from hhjax.data.sources import TextData
-from hhjax.experiment import LM, Experiment, Tokenizer
+from hhjax.experiment import Experiment
+from hhjax.stages import LM, Tokenizer
 
 TEXT = TextData(sources=("text.jsonl",))
 RUNS = Experiment("trained", (
@@ -33,7 +34,8 @@ RUNS = Experiment("trained", (
 CHAIN = '''"""Comparisons of the clinic, a preference model of them, and its evaluation, which reads what the model learned from."""
 from hhjax.data.comparisons import ComparisonData
 from hhjax.data.sources import TextData
-from hhjax.experiment import LM, PM, Clinic, Evaluate, Experiment, Tokenizer
+from hhjax.experiment import Experiment
+from hhjax.stages import LM, PM, Clinic, Evaluate, Tokenizer
 
 DATA, TEXT = ComparisonData(("pairs",)), TextData(sources=("text.jsonl",))
 RUNS = Experiment("chain", (

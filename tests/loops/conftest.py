@@ -8,8 +8,8 @@ import pytest
 
 from hhjax.data.comparisons import ComparisonData
 from hhjax.data.sources import TextData
-from hhjax.experiment import LM, PM, StageContext, references
 from hhjax.loops import supervised
+from hhjax.stages import LM, PM, StageContext, references
 
 
 @pytest.fixture(scope="session")

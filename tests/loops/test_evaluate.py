@@ -17,7 +17,8 @@ from hhjax.model.sizes import matmul_params, model_config
 
 EXPERIMENT = """
 from hhjax.data.comparisons import ComparisonData
-from hhjax.experiment import PM, Evaluate, Experiment, Report
+from hhjax.experiment import Experiment
+from hhjax.stages import PM, Evaluate, Report
 
 DATA = ComparisonData(("pairs.jsonl",), limit=120)
 RUNS = Experiment("judged", (

@@ -11,12 +11,12 @@ from hhjax.clinic.gold import Raters, gold
 from hhjax.data.comparisons import ComparisonData
 from hhjax.data.records import DataError
 from hhjax.data.sources import EXAMS, ExamData
-from hhjax.experiment import Clinic, Detect, Exam, Questions
 from hhjax.fields import ConfigError
 from hhjax.io.metrics import read_rows
 from hhjax.loops import clinic
 from hhjax.loops.probes import context as asked
 from hhjax.loops.probes import distinct, ending, noised, run_detect, run_exam, run_questions
+from hhjax.stages import Clinic, Detect, Exam, Questions
 
 QUESTIONS = [{"subject": s, "question": f"{s} {i}?", "options": ["mat", "dog"], "answer": i % 2} for s in ("a", "b") for i in range(4)]
 

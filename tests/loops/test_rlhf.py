@@ -6,6 +6,7 @@ import random
 import signal
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -13,15 +14,15 @@ import pytest
 
 from hhjax.data.comparisons import ComparisonData
 from hhjax.data.packing import ReplyPacker
-from hhjax.experiment import PPO, Preempted
 from hhjax.fields import ConfigError
 from hhjax.io import checkpoint
 from hhjax.io.metrics import TIMING, read_events, read_rows
-from hhjax.loops import rlhf
+from hhjax.loops import phases, rlhf
 from hhjax.loops.supervised import load_model
 from hhjax.model.generate import Sampling
 from hhjax.objectives.kl import KLConfig
 from hhjax.sharding import MeshConfig, make_mesh
+from hhjax.stages import PPO, Preempted
 from hhjax.train.state import OptimConfig
 from hhjax.types import Tokens, Vocabulary
 
@@ -60,7 +61,7 @@ def test_a_row_says_all_that_a_researcher_asks(finished, pipeline):
     wanted = {"score", "score_p10", "score_p50", "score_p90", test, f"{test}_p50", "kl_k1", "kl_k3", "sqrt_kl", "beta",
               "policy_loss", "value_loss", "loss", "explained_variance", "clip_fraction", "ratio_max", "log_ratio_max",
               "first_log_ratio_max", "entropy", "length", "stop_rate", "repeated_3grams", "grad_norm", "grad_norm_policy",
-              "grad_norm_value", "generate_s", "score_s", "train_s", "generate_tokens_per_s", "score_tokens_per_s",
+              "grad_norm_value", "generate_s", "score_s", "train_s", "read_s", "generate_tokens_per_s", "score_tokens_per_s",
               "train_tokens_per_s", "samples_per_s", "memory_gib", "tokens"}  # fmt: skip
     assert not wanted - set(rows[-1])
     for row in rows:
@@ -152,7 +153,7 @@ def test_minibatches_hold_every_sample_once_an_epoch(pipeline, micro):
     tokens = rng.integers(3, 90, (16, 44)).astype(np.int32)
     rows = Tokens(tokens, np.full(16, 5, np.int32), np.arange(6, 22).astype(np.int32))
     packer = ReplyPacker(32, 17, Vocabulary(0, 1, 2, 99), 2)
-    order, packed = rlhf.minibatches(stage, packer, rows, np.zeros(16), rng)
+    order, packed = phases.minibatches(stage, packer, rows, np.zeros(16), rng)
     assert order.shape == (4, 8) and all(sorted(order[e : e + 2].ravel()) == list(range(16)) for e in (0, 2))
     assert len({tuple(sorted(part)) for part in order}) > 2
     for k, part in enumerate(order):
@@ -169,7 +170,7 @@ def test_a_row_a_reply_gives_the_same_run(finished, pipeline, context, tmp_path)
     """But for rounding: the same minibatches, read in another layout."""
     stage = make_ppo(pipeline, packed=False, steps=2)
     rlhf.run(stage, context(stage, tmp_path / "run"))
-    assert not rlhf.is_packed(replace(stage, packed=None), 4) and rlhf.is_packed(replace(stage, packed=None, batch_size=128), 4)
+    assert not phases.is_packed(replace(stage, packed=None), 4) and phases.is_packed(replace(stage, packed=None, batch_size=128), 4)
     for plain, packed in zip(iterations(tmp_path / "run"), iterations(finished)):
         for name in ("score", "kl_k1", "loss", "policy_loss", "value_loss", "grad_norm", "explained_variance", "length"):
             assert plain[name] == pytest.approx(packed[name], rel=5e-3, abs=2e-4), name
@@ -215,7 +216,8 @@ def test_work_after_the_last_save_is_done_anew(finished, pipeline, context, tmp_
 
 KILLED = """
 from hhjax.data.comparisons import ComparisonData
-from hhjax.experiment import PPO, Experiment
+from hhjax.experiment import Experiment
+from hhjax.stages import PPO
 from hhjax.model.generate import Sampling
 
 RUNS = Experiment("killed", (
@@ -368,3 +370,31 @@ def test_json_rows_are_plain(finished):
     strange = []
     rows = [json.loads(line, parse_constant=strange.append) for line in (finished / "metrics.jsonl").read_text().splitlines()]
     assert len(rows) == STEPS + 3 and not strange
+
+
+def test_the_host_reads_replies_while_the_devices_learn():
+    """`advance` dispatches the update, reads, and only then waits; and it splits minibatches while the devices score."""
+    log = []
+
+    class Pending:
+        """A result on its way: says when it is waited for."""
+
+        def __init__(self, name):
+            self.name = name
+
+        def block_until_ready(self):
+            log.append(f"{self.name} is there")
+            return self
+
+    def dispatch(name, results=2):
+        return lambda *args: log.append(name) or tuple(Pending(name) for _ in range(results))
+
+    rows = Tokens(np.zeros((2, 6), np.int32), np.full(2, 2, np.int32), np.full(2, 6, np.int32))
+    parts = phases.Phases(
+        spread=lambda params: params, sample=lambda *args: (rows, 4), gather=lambda samples: samples, fetch=lambda samples: (samples, np.ones(2)),
+        lay=lambda samples, *args: samples, score=dispatch("score"), split=lambda *args: log.append("split") or (None, None),
+        update=dispatch("update"), exact_kl=None)  # fmt: skip
+    state, seconds = SimpleNamespace(params={"policy": {}}), phases.Seconds()
+    *_, said = phases.advance(parts, state, {}, (rows, np.arange(2)), None, None, {}, 0.0, seconds, read=lambda rows, report: log.append("read") or "seen")
+    assert said == "seen" and 0 <= seconds.read <= seconds.train
+    assert [entry for at, entry in enumerate(log) if entry not in log[:at]] == ["score", "split", "score is there", "update", "read", "update is there"]

@@ -10,13 +10,13 @@ import pytest
 from hhjax.clinic.gold import Raters
 from hhjax.data.comparisons import ComparisonData, read_comparisons
 from hhjax.data.tokenizer import load_tokenizer
-from hhjax.experiment import BestOfN, Comparisons, Elo, Preempted
 from hhjax.fields import ConfigError
 from hhjax.io.metrics import read_events, read_rows
 from hhjax.loops.chat import talk
 from hhjax.loops.elo import run as run_elo
 from hhjax.loops.sampling import load_prompts, run_best_of_n, run_comparisons
 from hhjax.model.generate import Sampling
+from hhjax.stages import BestOfN, Comparisons, Elo, Preempted
 
 PAIRS = ComparisonData(sources=("pairs.jsonl",))
 SMALL = {"data": PAIRS, "prompt_len": 32, "sampling": Sampling(8), "batch_size": 16}

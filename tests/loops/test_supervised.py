@@ -14,7 +14,6 @@ from safetensors.numpy import load_file
 
 from hhjax.data.comparisons import ComparisonData
 from hhjax.data.sources import TextData
-from hhjax.experiment import LM, PM, Diverged, Preempted, StageContext
 from hhjax.fields import ConfigError
 from hhjax.io import checkpoint
 from hhjax.io.huggingface import load_folder
@@ -23,12 +22,14 @@ from hhjax.loops import supervised
 from hhjax.model.transformer import make_model
 from hhjax.objectives.preference import preference_objective
 from hhjax.sharding import MeshConfig, make_mesh
+from hhjax.stages import LM, PM, Diverged, Preempted, StageContext
 from hhjax.train.state import OptimConfig
 
 STEPS = 12
 EXPERIMENT = """
 from hhjax.data.comparisons import ComparisonData
-from hhjax.experiment import PM, Experiment
+from hhjax.experiment import Experiment
+from hhjax.stages import PM
 
 RUNS = Experiment("tiny", (
     PM("pm", tokenizer={tokenizer!r}, model="0.1M", data=ComparisonData(sources=("pairs.jsonl",)), seq_len=96,

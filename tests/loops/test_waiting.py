@@ -9,9 +9,9 @@ import time
 
 import pytest
 
-from hhjax.experiment import Preempted, StageContext
 from hhjax.io.metrics import read_events
 from hhjax.loops.waiting import on_all, on_first
+from hhjax.stages import Preempted, StageContext
 
 WITHIN_S = 10
 SLOW = '''
@@ -20,7 +20,8 @@ from pathlib import Path
 from hhjax.data.comparisons import ComparisonData
 from hhjax.data.sources import TextData
 from hhjax.evals import baselines
-from hhjax.experiment import PM, Evaluate, Experiment, Report, Tokenizer
+from hhjax.experiment import Experiment
+from hhjax.stages import PM, Evaluate, Report, Tokenizer
 from hhjax.loops import evaluate, supervised
 
 def slowly(*args, **kwargs):
