@@ -240,11 +240,6 @@ def fits_in_words(label: str, group: Sequence[Curve], ax, color: str, most: floa
             ax.plot(ends, fit.intercept + fit.slope * ends, color=color, lw=0.8, alpha=0.5)
         role = "train" if number == 0 else "test"
         parts.append(f"{role} {pm}: {fit.intercept:+.2f} {fit.slope:+.2f} sqrt(KL), R² {fit.r2:.2f}")
-    where = []
-    for c in group if len(group[0].scores) > 1 else ():
-        train, *tests = (c.scores[pm] / c.spread[pm] for pm in c.scores)
-        at = parting(train, np.mean(tests, 0))
-        where.append("never" if at is None else f"{smoothed(c.sqrt_kl)[at]:.2f}")
     if group[0].gold is not None and np.sum((x > 0) & (x <= most)) >= 3:
         alpha, beta, r2 = gao_fit(x, np.concatenate([c.gold for c in group]), most)
         parts.append(f"gold d({alpha:.2f} {-beta:+.2f} ln d) with d = sqrt(KL), R² {r2:.2f}")
@@ -253,6 +248,20 @@ def fits_in_words(label: str, group: Sequence[Curve], ax, color: str, most: floa
             peak = find_peak(c.sqrt_kl, c.gold)
             parts.append(f"gold {peak.y:+.2f} at sqrt(KL) {peak.x:.2f}, {peak.end:+.2f} at the end"
                          + ("" if peak.turned else ", no clear turn"))  # fmt: skip
-    told = f"; train and test part at sqrt(KL) {', '.join(where)}" if where else ""
+    train, *tests = group[0].scores
+    parts += [partings_in_words("test" if len(tests) == 1 else test, [parting_kl(c, train, test) for c in group]) for test in tests]
     seeds = f" ({len(group)} seeds)" if len(group) > 1 else ""
-    return f"{label}{seeds}, sqrt(KL) up to {min(most, x.max()):.1f}: {'; '.join(parts)}{told}."
+    return f"{label}{seeds}, sqrt(KL) up to {min(most, x.max()):.1f}: {'; '.join(parts)}."
+
+
+def parting_kl(curve: Curve, train: str, test: str) -> float | None:
+    """The sqrt(KL) at which two PMs part, each in the standard deviations of its scores of the initial policy's replies; None: never."""
+    at = parting(*(curve.scores[pm] / curve.spread[pm] for pm in (train, test)))
+    return None if at is None else float(smoothed(curve.sqrt_kl)[at])
+
+
+def partings_in_words(test: str, found: Sequence[float | None]) -> str:
+    """Where the training PM and a test PM part, a number a seed."""
+    if all(at is None for at in found):
+        return f"train and {test} do not part"
+    return f"train and {test} part at sqrt(KL) {', '.join('never' if at is None else f'{at:.2f}' for at in found)}"

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from hhjax.analysis.rlhf import find_peak, gao_fit, linear_fit, load_curves, parting, pm_names, reward_figure, smoothed
+from hhjax.analysis.rlhf import find_peak, gao_fit, linear_fit, load_curves, parting, partings_in_words, pm_names, reward_figure, smoothed
 
 
 def test_a_line_is_found():
@@ -80,6 +80,14 @@ def test_the_figure_holds_the_rows_and_says_the_fit(index, read, tmp_path):
     assert "(2 seeds)" in found and "+2.00 sqrt(KL), R² 1.00" in found and "train and test part at sqrt(KL) 1.68, 1.68" in found
     assert "Best of 16 gains +2.50 on pm, +1.25 on pm_test" in found
     assert "up to 1.0" in reward_figure(curves, [], tmp_path / "less", most=1.0)
+
+
+def test_every_test_pm_parts_for_itself(index, tmp_path):
+    curves, _ = load_curves(index)
+    both = [c._replace(scores=c.scores | {"other": c.scores["pm"]}, spread=c.spread | {"other": 1.0}) for c in curves]
+    found = reward_figure(both, [], tmp_path / "figure")
+    assert "train and pm_test part at sqrt(KL) 1.68, 1.68" in found and "train and other do not part" in found
+    assert partings_in_words("test", [0.5, None]) == "train and test part at sqrt(KL) 0.50, never"
 
 
 def test_experiments_are_told_apart_where_there_are_several(index, read, tmp_path):
