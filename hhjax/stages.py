@@ -40,6 +40,7 @@ def reference(*kinds: str, default=dataclasses.MISSING):
     """A field that names earlier stages of these kinds, or folders (any text with `/` or `://`)."""
     return field(default=default, metadata={"ref": kinds})
 
+
 def split_step(ref: str) -> tuple[str, int | None]:
     """`lm@200` -> ("lm", 200); without a step, None, which means the last."""
     target, at, step = ref.rpartition("@")

@@ -293,7 +293,6 @@ def test_one_stage_brings_what_it_needs_and_no_more(swept, capsys):
         sweep.run(["swept.py", "--jobs", "0"])
 
 
-
 @pytest.mark.slow
 def test_a_sweep_that_was_killed_goes_on(swept, start_hhjax):
     """kill -9 of the sweep and of the stage that it was at."""

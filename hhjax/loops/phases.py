@@ -113,6 +113,7 @@ def make_phases(stage: PPO, models: dict, vocab: Vocabulary, mesh, rollout_mesh,
         cast = jax.jit(lambda params: frozen(params, dtype))  # what travels, and what decoding reads at every token
         spread = lambda params: jax.device_put(cast(params), places)  # noqa: E731
         gather = lambda samples: jax.device_put(samples, rows)  # noqa: E731
+
     def packer():  # not made here: a mesh that is only planned for has no hosts
         return reply_packer(stage, vocab, ways)._replace(host=Host(*batch_host(mesh)))
 
