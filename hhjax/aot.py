@@ -44,7 +44,7 @@ class Compiled:
 def require_libtpu() -> None:
     """Raises ConfigError where the compiler is not installed."""
     if not importlib.util.find_spec("libtpu"):
-        raise ConfigError("compiling for a TPU needs libtpu, which is not installed: pip install 'hhjax[plan]'")
+        raise ConfigError("compiling for a TPU needs libtpu, which is not installed: pip install -e '.[plan]'")
 
 
 def libtpu_version() -> str:

@@ -1,4 +1,4 @@
-"""The `hhjax` command: run, sweep, plan, ls, show, chat, fetch, check-data, tokenizer train, bench."""
+"""The `hhjax` command: run, sweep, plan, ls, show, chat, export, fetch, check-data, tokenizer train, bench."""
 
 import json
 import logging
@@ -25,6 +25,7 @@ USAGE = """usage: hhjax COMMAND
   ls [OUT]              list the run directories
   show RUN [--samples]  a run's config and metrics, and rows of its data as text; PPO's replies beside the first ones
   chat RUN              talk to a trained model
+  export RUN FOLDER     write a model as a Hugging Face folder
   fetch ADDRESS FOLDER  copy run directories from a bucket, checkpoints aside, to draw figures from
   check-data PATH       report the malformed rows of comparison files
   tokenizer train       train a SentencePiece tokenizer on text
@@ -159,6 +160,39 @@ def chat(argv: Sequence[str]) -> int:
 
 
 @dataclass(frozen=True)
+class Export:
+    """Write a trained policy or language model as a Hugging Face folder, with its tokenizer; the score head is left out."""
+
+    run: Positional[str]
+    """A run directory, here or at gs://BUCKET/PREFIX/KIND/NAME, or RUN@STEP."""
+    to: Positional[Path]
+    """A new folder here."""
+
+
+def export(argv: Sequence[str]) -> int:
+    import jax
+
+    from hhjax.fields import ConfigError
+    from hhjax.io import huggingface
+    from hhjax.loops.supervised import load_model
+    from hhjax.sharding import make_mesh
+    from hhjax.stages import split_step
+
+    args = tyro.cli(Export, args=argv, prog="hhjax export")
+    if args.to.exists():
+        raise ConfigError(f"{args.to} is there already; name a new folder")
+    address, step = split_step(args.run)
+    with reading_copy(address) as folder:
+        model, params, tokenizer = load_model(folder, step, make_mesh())
+    family, config, params = huggingface.fitted(model.config, jax.device_get(params))
+    ids = tokenizer.vocabulary
+    huggingface.save_folder(args.to, config, params, family, eos_token_id=ids.eot, pad_token_id=ids.pad, bos_token_id=None)
+    tokenizer.save(args.to)
+    print(f"{args.to}: a {family} model of {config.layers} layers, and {', '.join(tokenizer.files)}")
+    return 0
+
+
+@dataclass(frozen=True)
 class Fetch:
     """Copy run directories from a bucket, checkpoints aside, to draw figures from: `scripts/plot_*.py TO/experiments/NAME.json`."""
 
@@ -263,6 +297,7 @@ COMMANDS = {
     "ls": ls,
     "show": show,
     "chat": chat,
+    "export": export,
     "fetch": fetch,
     "check-data": check_data,
     "tokenizer": tokenizer,

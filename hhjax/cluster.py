@@ -89,7 +89,7 @@ def all_agree(value: bool) -> bool:
     return bool(multihost_utils.process_allgather(value).all())
 
 
-def agreed(value: bool) -> bool:
+def agreed(value: int) -> int:
     """Process 0's value, on every process."""
     import jax
 
@@ -97,4 +97,4 @@ def agreed(value: bool) -> bool:
         return value
     from jax.experimental import multihost_utils
 
-    return bool(multihost_utils.broadcast_one_to_all(value))
+    return int(multihost_utils.broadcast_one_to_all(value))

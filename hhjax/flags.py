@@ -97,12 +97,16 @@ def parse(argv: Sequence[str], prog: str, extra: type | None = None) -> tuple[Co
 
 
 def load_file(path: Path) -> types.ModuleType:
-    """The experiment file as a module, its folder first on sys.path. Raises ConfigError unless it defines runs."""
+    """The experiment file as a module, its folder first on sys.path. Raises ConfigError unless it defines runs, and where it imports what
+    is not there."""
     sys.path.insert(0, str(path.parent.absolute()))
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[path.stem] = module
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"{path}: {error}; an experiment file imports others from its own folder, {path.parent.absolute()}") from error
     if not hasattr(module, "RUNS") and not callable(getattr(module, "runs", None)):
         raise ConfigError(f"{path} defines neither RUNS nor a function `runs`; RUNS may be an Experiment or grid(...)")
     return module
@@ -143,7 +147,8 @@ def experiment_file(argv: Sequence[str], prog: str) -> tuple[Path, list[str]]:
     if not argv or argv[0].startswith("-"):
         raise ConfigError(f"usage: {prog} FILE [flags]; `{prog} FILE --help` lists the flags of an experiment file")
     if not Path(argv[0]).is_file() or Path(argv[0]).suffix != ".py":
-        raise ConfigError(f"{argv[0]!r} is no Python file; give the path of an experiment file, such as experiments/pm_hh.py")
+        what = "is no Python file" if Path(argv[0]).exists() else "does not exist"
+        raise ConfigError(f"{argv[0]!r} {what}; give the path of an experiment file, such as experiments/pm_hh.py")
     return Path(argv[0]), list(argv[1:])
 
 

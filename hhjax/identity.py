@@ -6,6 +6,7 @@ import functools
 import hashlib
 import inspect
 import json
+import math
 import re
 import textwrap
 import types
@@ -45,18 +46,26 @@ def identity_fields(value):
     return [f for f in dataclasses.fields(value) if f.metadata.get("identity", True)]
 
 
-def canonical(value):
-    """Plain JSON values for a config value; ConfigError for what has no stable text."""
+def canonical(value, user=None, found: dict | None = None):
+    """Plain JSON values for a config value; ConfigError for what has no stable text. user, found: the function that uses the value, and
+    the sources collected for it so far: functions within the value are named, and their sources go there."""
+    within = functools.partial(canonical, user=user, found=found)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: canonical(getattr(value, f.name)) for f in identity_fields(value)}
+        return {f.name: within(getattr(value, f.name)) for f in identity_fields(value)}
     if isinstance(value, tuple | list):
-        return [canonical(v) for v in value]
+        return [within(v) for v in value]
     if isinstance(value, Mapping):
-        return {str(k): canonical(v) for k, v in sorted(value.items())}
+        return {str(k): within(v) for k, v in sorted(value.items())}
+    if isinstance(value, float) and not math.isfinite(value):
+        return repr(value)  # JSON has no word for it
     if value is None or isinstance(value, bool | int | float | str):
         return value
+    if isinstance(value, functools.partial):
+        return {"partial": within(value.func), "args": within(value.args), "keywords": within(value.keywords)}
     if callable(value):
-        return canonical_function(value)
+        return canonical_function(value) if user is None else name_of(value, user, found)
+    if isinstance(value, types.ModuleType):
+        return name_of(value, user, found)
     if hasattr(value, "dtype") and hasattr(value, "__array__"):
         array = np.asarray(value)
         return {"dtype": str(array.dtype), "shape": list(array.shape), "sha256": hashlib.sha256(array.tobytes()).hexdigest()}
@@ -66,29 +75,39 @@ def canonical(value):
 def canonical_function(fn) -> dict:
     """A function's code without comments and docstrings, and whatever of its own folder and closure it uses.
 
-    So a renamed variable is a new loss and a reworded comment is not; a changed helper or constant beside
+    So a renamed variable is a new loss and a reworded comment is not; a changed helper, default or constant beside
     it counts. Functions imported from elsewhere count by name: the commit is in env.json.
     """
     return dict(sorted(collect_sources(fn, {}).items()))
 
 
 def collect_sources(fn, found: dict) -> dict:
-    """Adds to `found` the source of `fn`, of the functions, classes and modules beside it that it names, and the
-    values of the globals and closure variables it uses. Raises ConfigError on a value that has no stable text."""
+    """Adds to `found` the source of `fn`, of the functions, classes and modules beside it that it names, the names of those from elsewhere,
+    and the values of its defaults and of the globals and closure variables it uses. Raises ConfigError on a value that has no stable
+    text."""
     fn = inspect.unwrap(fn)
     found[full_name(fn)] = code_of(fn)
     if not isinstance(fn, types.FunctionType):
         return found
     names = set(re.findall(r"[A-Za-z_]\w*", found[full_name(fn)]))
     used = {n: fn.__globals__[n] for n in names if n in fn.__globals__ and not n.startswith("__")}
-    for name, value in (used | dict(inspect.getclosurevars(fn).nonlocals)).items():
-        value = inspect.unwrap(value) if callable(value) else value
-        if isinstance(value, types.FunctionType | types.ModuleType | type):
-            if folder(value) == folder(fn) and full_name(value) not in found:
-                collect_sources(value, found)
-        elif not callable(value):  # what is callable still belongs to a library
-            found[f"{full_name(fn)}.{name}"] = canonical(value)
+    used |= dict(inspect.getclosurevars(fn).nonlocals)
+    used |= {f"{p.name}=": p.default for p in inspect.signature(fn).parameters.values() if p.default is not p.empty}
+    for name, value in used.items():
+        found[f"{full_name(fn)}.{name}"] = canonical(value, fn, found)
     return found
+
+
+def name_of(value, user, found: dict) -> str:
+    """The name of a function, class, module or other callable that the function `user` uses, of its package alone where it lies elsewhere:
+    libraries move things. Adds its source to `found` where it lies in the same folder."""
+    value = inspect.unwrap(value) if callable(value) else value
+    named = value if hasattr(value, "__name__") else type(value)
+    if folder(named) != folder(user):
+        return f"{(getattr(named, '__module__', None) or named.__name__).split('.')[0]}: {getattr(named, '__qualname__', named.__name__)}"
+    if full_name(named) not in found:
+        collect_sources(named, found)
+    return full_name(named)
 
 
 @functools.lru_cache(maxsize=None)  # a sweep asks for the same few functions thousands of times
@@ -102,12 +121,14 @@ def full_name(value) -> str:
 
 
 def source_of(value) -> str:
-    """Raises ConfigError where there is none to read."""
+    """Raises ConfigError where there is none to read, or where it does not say which of two lambdas is meant."""
     try:
-        return textwrap.dedent(inspect.getsource(value))
+        source = textwrap.dedent(inspect.getsource(value))
     except (OSError, TypeError):
-        message = f"the source of {value!r} cannot be read; define it with `def` in the experiment's file"
-        raise ConfigError(message) from None
+        source = ""
+    if not source or (getattr(value, "__name__", "") == "<lambda>" and source.count("lambda") > 1):
+        raise ConfigError(f"the source of {value!r} cannot be read; define it with `def` in the experiment's file")
+    return source
 
 
 def folder(value) -> Path | None:

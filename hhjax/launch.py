@@ -77,7 +77,7 @@ def run_here(command: Command) -> int:
     if launch.dry_run:
         from hhjax import plan
 
-        print("\n\n".join(plan.describe(r, Path(launch.out), launch.data_dir) for r in command.runs))
+        print("\n\n".join(plan.describe(r, Path(launch.out), launch.data_dir, launch.stage) for r in command.runs))
         return DONE
     if launch.data_dir:  # an experiment's own functions, such as a watch, look for data as the loops do
         os.environ["HHJAX_DATA"] = str(launch.data_dir)
@@ -165,7 +165,7 @@ def run_stage(command: Command, run: Run, placed: Placed, should_stop: Callable[
             write_event(folder, "start", host=socket.gethostname(), pid=os.getpid())
             bucket.send(folder)
         try:
-            find_loop(stage.kind)(stage, context(command, run, placed, should_stop))
+            find_loop(stage.kind)(stage, context(command, placed, should_stop))
         except Diverged:
             raise  # the loop has written its event
         except Preempted:
@@ -225,17 +225,13 @@ def find_loop(kind: str) -> Callable:
     return getattr(importlib.import_module(module), name)
 
 
-def context(command: Command, run: Run, placed: Placed, should_stop: Callable[[], bool]) -> StageContext:
+def context(command: Command, placed: Placed, should_stop: Callable[[], bool]) -> StageContext:
     return StageContext(
         dir=placed.dir,
         seed=placed.seed,
         parents=placed.parents,
         parent_stages={ref: config_at_hand(folder) for ref, folder in placed.parents.items()},
         data_dir=command.launch.data_dir,
-        experiment=run.experiment.name,
-        run=run.name,
-        out=Path(command.launch.out),
-        fast=command.launch.fast,
         should_stop=should_stop,
     )
 

@@ -30,16 +30,18 @@ from hhjax.types import PackedPairs, Pairs, Tokens
 HH_PAIR, HH_SHORT, HH_REPLY, HH_FILLED = 234, 0.75, 256, 0.93
 
 
-def describe(run: Run, out: Path, data_dir: Path | None = None) -> str:
-    """Every stage of a run as text. Nothing is read but data hashes and finished parents' configs; no array is made.
+def describe(run: Run, out: Path, data_dir: Path | None = None, only: str | None = None) -> str:
+    """Every stage of a run as text, or the one of this name. Nothing is read but data hashes and finished parents' configs; no array is made.
 
     Raises ConfigError and ValueError as the run itself would: a mesh that does not fit, a batch that does not divide.
     """
+    if only is not None:
+        run.experiment.stage(only)
     placed = place(run, out, data_dir)
     folders = {ref: folder for p in placed for ref, folder in p.parents.items()}
     find = architectures({p.stage.name: p.stage for p in placed}, folders.__getitem__)
     lines = [f"run {run.name}"]
-    for p in placed:
+    for p in (p for p in placed if only in (None, p.stage.name)):
         done = "done" if is_done(p.dir) else "to do"
         lines.append(f"\n{p.stage.name} ({p.stage.kind}, {done})  {address_of(p.dir)}")
         if isinstance(p.stage, Training):

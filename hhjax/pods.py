@@ -148,7 +148,11 @@ def steps_of(run: Run, only: str | None = None) -> Iterator[Step]:
 
 def estimate(step: Step, topology: Topology, limit_s: float = 1800.0) -> Estimate:
     """Compiled for TPUs, in limit_s at most; by formula for GPUs. Raises ConfigError on a mesh or batch that the run would refuse."""
-    sizes = mesh_sizes(step.stage.mesh, topology.devices)
+    try:
+        sizes = mesh_sizes(step.stage.mesh, topology.devices)
+    except ValueError as error:
+        name = step.stage.name
+        raise ConfigError(f"{name}: {error}: --{name}.mesh.data, --{name}.mesh.fsdp, --{name}.mesh.tensor") from None
     positions, work = work_of(step, sizes[0] * sizes[1])
     if not topology.chip.axes:
         return formula(step, topology, positions, work)
@@ -204,7 +208,8 @@ def exchange_seconds(one: Collective, topology: Topology, extent: dict[str, dict
 
 
 def formula(step: Step, topology: Topology, positions: int, work: float) -> Estimate:
-    """What needs no compiler: state and frozen models under the stage's mesh, and the time of the model FLOPs at peak."""
+    """What needs no compiler: state and frozen models under the stage's mesh, and the time of the model FLOPs at peak, which is the least that
+    a step takes."""
     sizes = mesh_sizes(step.stage.mesh, topology.devices)
     mesh = AbstractMesh(sizes, AXES)
     check_step(step, mesh)
@@ -259,7 +264,7 @@ def heading(topology: Topology) -> str:
 def report(e: Estimate, topology: Topology) -> Iterator[str]:
     """A step function in lines."""
     per, gib = topology.chip.devices, lambda n: f"{n / GIB:.2f} GiB"
-    yield f"\n{e.run}: {e.stage} {e.phase}, mesh {' x '.join(f'{a} {n}' for a, n in e.mesh.items())}; compiled in {e.compile_s:.0f} s"
+    yield f"\n{e.run}: {e.stage} {e.phase}, mesh {' x '.join(f'{a} {n}' for a, n in e.mesh.items())}; {f'compiled in {e.compile_s:.0f} s' if e.compile_s else 'by formula'}"
     yield "  memory     " + ", ".join(f"{name} {gib(n)}" for name, n in e.memory.items() if n)
     spare = e.capacity - e.used
     if e.failure:
@@ -280,7 +285,9 @@ def report(e: Estimate, topology: Topology) -> Iterator[str]:
         yield f"  {kind:<19}along {axes} ({group} devices): {times:,} times, {total / 1e9:,.2f} GB"
     if e.warnings:
         yield f"  WARNING    {e.warnings} involuntary full rematerialisations: an array is copied whole to be resharded"
-    if e.seconds:
+    if e.seconds and not e.compiled:
+        yield f"  at least   {e.predicted:.3g} s for the products alone, at {ATTAINABLE['compute']:.0%} of the peak"
+    elif e.seconds:
         yield "  roofline   " + ", ".join(f"{name} {s:.3g} s" for name, s in e.seconds.items()) + f"; bound by {e.bound}"
         yield f"  predicted  {e.predicted:.3g} s, {e.positions / e.predicted:,.0f} tokens/s, MFU {mfu(e, topology):.2f}"
 
@@ -300,14 +307,15 @@ def summary(steps: Sequence[Step], estimates: Sequence[Estimate], topology: Topo
     for (name, stage_name), parts in by_stage.items():
         stage, found = parts[0][0].stage, [e for _, e in parts]
         seconds, known = sum(e.predicted for e in found), all(e.seconds for e in found)
+        compiled = all(e.compiled for e in found)  # by formula seconds are the least there can be, and their MFU the assumed one
         days = seconds * stage.steps / 86400 if stage.steps and known else None
         widest = max(found, key=lambda e: e.used)
         rows.append({
             "run": name, "stage": stage_name, "mesh": "x".join(str(n) for n in found[-1].mesh.values()), "remat": stage.run.remat,
             "batch": stage.batch_size, "gib": widest.used / GIB, "capacity_gib": widest.capacity / GIB, "fits": all(e.fits for e in found),
-            "bound": max(found, key=lambda e: e.predicted).bound if known else "", "seconds": seconds if known else None,
-            "tokens_per_s": found[-1].positions / seconds if known else None,
-            "mfu": sum(e.work for e in found) / (seconds * topology.chips * topology.chip.flops) if known else None,
+            "bound": max(found, key=lambda e: e.predicted).bound if compiled else "", "seconds": seconds if known else None,
+            "tokens_per_s": found[-1].positions / seconds if compiled else None,
+            "mfu": sum(e.work for e in found) / (seconds * topology.chips * topology.chip.flops) if compiled else None,
             "days": days, "chip_hours": days * 24 * topology.chips if days is not None else None,
             "compile_s": sum(e.compile_s for e in found),
         })  # fmt: skip

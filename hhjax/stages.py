@@ -341,6 +341,8 @@ class Comparisons(Sampled):
                               f"noise={self.noise} and skip={self.skip} at least 0")  # fmt: skip
         if bool(self.labeler) == bool(self.raters):
             raise ConfigError(f"{self.name}: labeler={self.labeler!r} and raters={self.raters}: give one of them")
+        if self.raters and self.noise != 1.0:
+            raise ConfigError(f"{self.name}.noise={self.noise} has no effect beside raters, which have a noise of their own: raters.noise")
         if (self.best_of > 1) != bool(self.ranker):
             raise ConfigError(f"{self.name}: best_of={self.best_of} and ranker={self.ranker!r} need each other")
 
@@ -467,7 +469,7 @@ class StageContext:
 
     dir: the run directory, made and locked; seed: the stage's. parents: reference text as the stage writes it
     (a stage name, `name@step` or a folder) -> that folder; parent_stages: the same -> its config.json ({} if it
-    has none). out: the root of all run directories. should_stop(): poll once an update, or batch, on every host; once it
+    has none). should_stop(): poll once an update, or batch, on every host; once it
     says True it stays so, and the loop saves and raises Preempted. A loop returns None when the stage is
     finished (launch then writes DONE), and raises Diverged on a loss that is not finite.
     """
@@ -477,10 +479,6 @@ class StageContext:
     parents: Mapping[str, Path]
     parent_stages: Mapping[str, dict]
     data_dir: Path | None = None
-    experiment: str = ""
-    run: str = ""
-    out: Path = Path("runs")
-    fast: bool = False
     should_stop: Callable[[], bool] = lambda: False
 
     def stop_if_told(self) -> None:

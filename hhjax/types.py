@@ -112,7 +112,8 @@ class Samples(NamedTuple):
     """Replies to a batch of prompts.
 
     rows: Tokens [B, P + R], each prompt followed by its reply, <eot> included where it was sampled.
-    logp, entropy: [B, R] f32 nats of the distribution that reply token t was drawn from, 0 past the reply.
+    logp, entropy: [B, R] f32 nats of the policy's distribution at the sampling temperature, before top-k and top-p, for reply token t; 0
+        past the reply.
     stopped: [B] bool, whether the reply ended in <eot> within R tokens.
     """
 

@@ -2,14 +2,14 @@
 
     python scripts/table_accuracy.py OUT/experiments/pm_hh.json [OUT/experiments/pm_hh_scratch.json ...]
 
-The runs of an index are an arm; preference models of equal training sources are pooled over folds and seeds. Intervals
+The runs of an index are an arm; preference models of one size, one mixture and about as many pairs are pooled over folds and seeds. Intervals
 and tests resample opening prompts, so that the seeds of one pair do not pass for independent evidence.
 """
 
 import argparse
 from pathlib import Path
 
-from hhjax.analysis.runs import Result, load_results, trained_on
+from hhjax.analysis.runs import Result, alike, load_results
 from hhjax.analysis.scores import accuracy_rows, accuracy_table, pooled
 from hhjax.analysis.stats import correct, paired_difference
 
@@ -21,12 +21,12 @@ def main() -> None:
     options = parser.parse_args()
     arms = {}
     for index in options.index:
-        for result in load_results(index, options.only):
-            arms.setdefault(trained_on(result), {}).setdefault(index.stem, []).append(result)
-    for sources, by_arm in arms.items():
+        for kind, results in alike(load_results(index, options.only)).items():
+            arms.setdefault(kind, {})[index.stem] = results
+    for kind, by_arm in arms.items():
         (first, ours), *others = by_arm.items()
         for arm, results in by_arm.items():
-            print(f"{arm}, trained on {sources}: {len(results)} evaluations")
+            print(f"{arm}, {kind}: {len(results)} evaluations")
             print(accuracy_table(accuracy_rows(pooled([r.scores for r in results]))), end="\n\n")
         for arm, theirs in others:
             print("\n".join(lead(first, ours, arm, theirs)), end="\n\n")

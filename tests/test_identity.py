@@ -29,10 +29,22 @@ class Tool:
     factor = 3
 
 
-def objective(model, cfg):
+SCALES = (np.exp,)
+power = np.square
+scaled = functools.partial(scale, 1)
+
+
+def registered(x):
+    return len(REGISTRY)
+
+
+REGISTRY = {"registered": registered}
+
+
+def objective(model, cfg, base=1.0):
     def loss(params, batch, key):
-        return helpers.scale(batch) * SETTINGS["margin"] + TABLE.sum() + len(STEPS) + wrapped(batch) + Tool.factor
-    return loss
+        return helpers.scale(batch) * SETTINGS["margin"] + TABLE.sum() + len(STEPS) + wrapped(batch) + Tool.factor + power(SCALES[0](base)) + scaled()
+    return loss, registered
 """
 
 
@@ -65,6 +77,10 @@ def identity_of(tmp_path, monkeypatch):
         ("np.array([1.0, 2.0])", "np.array([1.0, 3.0])"),
         ("factor = 3", "factor = 4"),
         (") * SETTINGS", ") + SETTINGS"),
+        ("SCALES = (np.exp,)", "SCALES = (np.log,)"),
+        ("power = np.square", "power = np.sqrt"),
+        ("base=1.0", "base=2.0"),
+        ("partial(scale, 1)", "partial(scale, 2)"),
     ],
 )
 def test_what_the_loss_s_own_file_changes_is_a_new_identity(identity_of, old, new):
@@ -79,6 +95,24 @@ def test_a_helper_in_the_same_folder_counts_through_module_name_and_decorator(id
 
 def test_comments_docstrings_and_place_do_not_count(identity_of):
     assert identity_of() == identity_of("# a comment\n" + LOSS.replace("class Tool:", 'class Tool:\n    """A tool."""'))
+
+
+def test_closures_tell_one_function_of_a_library_from_another():
+    from hhjax.objectives.kl import kl_k2, kl_k3
+
+    def make(penalty):
+        def loss(logp, ref_logp):
+            return penalty(logp, ref_logp)
+
+        return loss
+
+    assert digest(canonical(make(kl_k2))) == digest(canonical(make(kl_k2))) != digest(canonical(make(kl_k3)))
+
+
+def test_of_two_lambdas_on_a_line_neither_is_taken():
+    losses = (lambda x: x, lambda x: x + 1)
+    with pytest.raises(ConfigError, match="cannot be read; define it with `def`"):
+        canonical(losses[1])
 
 
 def test_a_value_without_a_stable_text_is_refused(identity_of):

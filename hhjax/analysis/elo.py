@@ -20,13 +20,15 @@ CLAIM = ("Paper (Figs. 16 and 35): comparisons from rejection sampling and onlin
 
 class Rated(NamedTuple):
     """A snapshot of a PPO run as an Elo stage found it. samples: what it was trained on by then. elo, guess: above the
-    anchor, by raters and by the PM it was trained on, None where the stage did not ask that; perfect: the guess of raters' own gold."""
+    anchor, by raters and by the PM it was trained on, None where the stage did not ask that; perfect: the guess of raters' own gold.
+    stage: the name of the Elo stage's folder."""
 
     policy: str
     samples: int
     elo: Estimate
     guess: Estimate | None
     perfect: Estimate
+    stage: str = ""
 
 
 def load_ratings(index: Path, only: str = "*", stage: str = "*") -> list[list[Rated]]:
@@ -44,7 +46,8 @@ def read_ratings(folder: Path) -> list[Rated]:
         if row["reward"]:
             guess = row["guesses"].get(row["reward"])
             elo = Estimate(row["elo"], row["low"], row["high"], row["played"], found["prompts"])
-            rated.append(Rated(row["policy"].partition("@")[0], row["samples"], elo, guess and Estimate(**guess), Estimate(**row["guesses"]["gold"])))
+            gold = Estimate(**row["guesses"]["gold"])
+            rated.append(Rated(row["policy"].partition("@")[0], row["samples"], elo, guess and Estimate(**guess), gold, folder.name))
     return rated
 
 
@@ -91,10 +94,12 @@ def ending(line: Line, guess: Line | None, perfect: Line) -> str:
 
 
 def difference(one: str, other: str, groups) -> str:
-    """How far the first policy is above the second, seed by seed, after the most samples that both have."""
-    samples = max(set(groups[one]) & set(groups[other]), default=None)
+    """How far the first policy is above the second, in each Elo stage that rates both, after the most samples that both have."""
+    ratings = lambda policy, samples: {r.stage: r.elo.value for r in groups[policy].get(samples, ())}  # noqa: E731
+    shared = {samples: set(ratings(one, samples)) & set(ratings(other, samples)) for samples in groups[one]}
+    samples = max((n for n, stages in shared.items() if stages), default=None)
     if samples is None:
         return f"{one} and {other} have no number of samples in common"
-    apart = [a.elo.value - b.elo.value for a, b in zip(groups[one][samples], groups[other][samples])]
+    apart = [ratings(one, samples)[stage] - ratings(other, samples)[stage] for stage in ratings(one, samples) if stage in shared[samples]]
     several = f" (seeds {', '.join(f'{x:+.0f}' for x in apart)})" if len(apart) > 1 else ""
     return f"{one} above {other} by {np.mean(apart):+.0f} at {samples:,} samples{several}"

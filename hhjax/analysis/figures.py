@@ -14,7 +14,7 @@ matplotlib.use("Agg")  # figures are files
 import matplotlib.pyplot as plt  # noqa: E402
 from matplotlib.transforms import ScaledTranslation  # noqa: E402
 
-from hhjax.analysis.runs import Result, require_alike  # noqa: E402
+from hhjax.analysis.runs import Result, alike, require_alike  # noqa: E402
 from hhjax.analysis.scores import pooled  # noqa: E402
 from hhjax.analysis.stats import (  # noqa: E402
     Estimate, calibration_error, confidence_bins, correct, log_linear_fit, mean_estimate, win_probability,
@@ -82,8 +82,14 @@ def accuracy_figure(results: Sequence[Result], path: Path) -> str:
 
 
 def mixture_figure(results: Sequence[Result], path: Path) -> str:
-    """Figures 19 and 26: accuracy on each kind of test, and their mean, against the harmless share of training."""
-    lines, means = [], []
+    """Figures 19 and 26: accuracy on each kind of test, and their mean, against the harmless share of training.
+
+    Raises ValueError where models of one size and share were trained on different numbers of pairs.
+    """
+    lines, means, found = [], [], []
+    for kind in alike(results):
+        if ", about " in kind:
+            raise ValueError(f"these models differ in more than their mixture: {kind}, among others; choose some with --only or --stage")
     for (_, name), group in _grouped(results, lambda r: (r.about["parameters"], r.about["size"])).items():
         scores = by(group, lambda r: round(sum(share for source, share in r.about["shares"].items() if source.startswith("harmless")), 2))
         shares = [100 * s for s in scores]
@@ -93,19 +99,18 @@ def mixture_figure(results: Sequence[Result], path: Path) -> str:
             kinds[kind] = estimate_line(f"{name} on {kind}", shares, points)
         lines += kinds.values()
         means.append(estimate_line(f"{name}, both tests", shares, [mean_over_kinds(p) for p in scores.values()]))
-    helpful, harmless = lines[0], lines[1]
-    found = (
-        f"{helpful.label.split()[0]}: trained on helpfulness alone {helpful.y[0]:.3f} on helpful and {harmless.y[0]:.3f} on "
-        f"harmless comparisons; on harmlessness alone {helpful.y[-1]:.3f} and {harmless.y[-1]:.3f}; "
-        f"best mean {max(means[0].y):.3f} at {means[0].x[int(np.argmax(means[0].y))]:.0f} % harmless."
-    )
+        at = lambda share: [f"{kinds[kind].y[shares.index(share)]:.3f}" for kind in kinds]  # noqa: B023, E731
+        alone = {"helpfulness": 0, "harmlessness": 100}
+        said = [f"trained on {what} alone {' on helpful and '.join(at(share))} on harmless comparisons" for what, share in alone.items() if share in shares]
+        best = int(np.argmax(means[-1].y))
+        found.append(f"{name}: {'; '.join([*said, f'best mean {means[-1].y[best]:.3f} at {shares[best]:.0f} % harmless'])}.")
     fig, axes = plt.subplots(1, 2, figsize=(10, 4.2), sharey=True)
     for ax, drawn in zip(axes, (lines, means)):
         draw(ax, drawn, "harmless share of training pairs, %", "test accuracy")
         chance(ax)
         ax.label_outer()
     claim = "Paper (Figs. 19, 26): trained on one kind alone, far below chance on the other; mixtures are good at both."
-    return finish(fig, path, claim, found, {"kind": lines, "mean": means})
+    return finish(fig, path, claim, " ".join(found), {"kind": lines, "mean": means})
 
 
 def calibration_figure(results: Sequence[Result], path: Path, bins: int = 10) -> str:
@@ -228,8 +233,8 @@ def finish(fig, path: Path, claim: str, found: str, panels: dict[str, Sequence[L
     was found, in words. top: where the axes end, below a shared legend."""
     path.parent.mkdir(parents=True, exist_ok=True)
     fig.tight_layout(rect=(0, 0, 1, top))
-    fig.savefig(path.with_suffix(".svg"))
-    path.with_suffix(".txt").write_text(f"{claim}\nHere: {found}\n")
+    fig.savefig(beside(path, ".svg"))
+    beside(path, ".txt").write_text(f"{claim}\nHere: {found}\n")
     width, height = fig.get_size_inches()
     columns = int(width * 17)  # of 7.5 point text
     text = [line for part in (claim, f"Here: {found}") for line in textwrap.wrap(part, columns, break_on_hyphens=False)]
@@ -237,14 +242,19 @@ def finish(fig, path: Path, claim: str, found: str, panels: dict[str, Sequence[L
     fig.set_size_inches(width, height + room)
     fig.text(0.1 / width, 0.06 / (height + room), "\n".join(text), fontsize=7.5, va="bottom", linespacing=1.3)
     fig.tight_layout(rect=(0, room / (height + room), 1, (room + top * height) / (height + room)))
-    fig.savefig(path.with_suffix(".png"), dpi=130)
+    fig.savefig(beside(path, ".png"), dpi=130)
     plt.close(fig)
-    with open(path.with_suffix(".csv"), "w", newline="") as f:
+    with open(beside(path, ".csv"), "w", newline="") as f:
         writer = csv.writer(f)
         writer.writerow(("panel", "line", "x", "y", "low", "high"))
         for panel, lines in panels.items():
             writer.writerows((panel, line.label, *map(float, point)) for line in lines for point in zip(*line[1:]))
     return found
+
+
+def beside(figure: Path, suffix: str) -> Path:
+    """A figure's file of this kind. Names may hold dots, as run directories' do."""
+    return figure.with_name(figure.name + suffix)
 
 
 def _grouped(results, key) -> dict:

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from hhjax.analysis.figures import beside
+
 STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222}
 img{width:100%}h2{margin-top:2.5rem}.claim{color:#555}.found{background:#f3f6f9;padding:.6rem .8rem;border-left:3px solid #1f5a8c}
 table{border-collapse:collapse;font-size:13px}td,th{border:1px solid #ccc;padding:.3rem .5rem;vertical-align:top;text-align:left}
@@ -27,8 +29,8 @@ def write_page(path: Path, title: str, intro: str, sections: Sequence[Section]) 
     for section in sections:
         parts.append(f"<h2>{html.escape(section.title)}</h2>")
         if section.figure:
-            claim, found = section.figure.with_suffix(".txt").read_text().split("\n", 1)
-            image = base64.b64encode(section.figure.with_suffix(".svg").read_bytes()).decode()
+            claim, found = beside(section.figure, ".txt").read_text().split("\n", 1)
+            image = base64.b64encode(beside(section.figure, ".svg").read_bytes()).decode()
             parts.append(f'<p class=claim>{html.escape(claim)}</p><img alt="{html.escape(section.title)}" src="data:image/svg+xml;base64,{image}">'
                          f"<p class=found>{html.escape(found.strip())}</p>")  # fmt: skip
         parts.append(section.body)

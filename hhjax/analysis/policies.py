@@ -106,11 +106,12 @@ def wilson(share: float, n: int) -> Estimate:
 
 
 class Grades(NamedTuple):
-    """An exam. rows: {"subject", "shots", "questions", "accuracy", "nats", "right"} each."""
+    """An exam. rows: {"subject", "shots", "questions", "accuracy", "nats", "right", "each_nats"} each; sheet: where its questions lie."""
 
     size: str
     policy: str
     rows: list[dict]
+    sheet: str = ""
 
 
 def read_grades(folder: Path, size: str, policy: str) -> Grades:
@@ -118,7 +119,8 @@ def read_grades(folder: Path, size: str, policy: str) -> Grades:
     path = folder / "evals" / "exam.json"
     if not path.is_file():
         raise ValueError(f"{folder} has no evals/exam.json; finish that stage with `hhjax run` first")
-    return Grades(size, policy, json.loads(path.read_text())["rows"])
+    about = json.loads((folder / "config.json").read_text())
+    return Grades(size, policy, json.loads(path.read_text())["rows"], about["parents"][about["config"]["data"]])
 
 
 def load_exams(index: Path, only: str = "*", stage: str = "*") -> list[Grades]:
@@ -173,16 +175,22 @@ def tax_figure(exams: Sequence[Grades], path: Path) -> str:
 
 def changes(groups: Mapping, sizes: Sequence[str], subjects: Sequence[str], all_shots: Sequence[int]):
     """What RLHF changes in accuracy and nats, a text a size, subject and number of shots: differences are paired by question, each the
-    mean of its seeds. Exams that did not keep the nats of every answer have none."""
+    mean of the seeds that were asked it. Exams that did not keep the nats of every answer have none."""
     for size, subject, shots in itertools.product(sizes, subjects, all_shots):
-        before, after = (rows_of(groups.get((size, policy), ()), subject, shots) for policy in ("before", "after"))
-        if before and after and all("each_nats" in row for row in (*before, *after)):
+        before, after = (by_sheet(groups.get((size, policy), ()), subject, shots) for policy in ("before", "after"))
+        if both := [sheet for sheet in before if sheet in after]:
             parts = []
             for name, unit in (("right", ""), ("each_nats", " nats")):
-                a, b = (np.mean([row[name] for row in rows], 0) for rows in (after, before))
+                a, b = (np.concatenate([np.mean([row[name] for row in rows[sheet]], 0) for sheet in both]) for rows in (after, before))
                 e, _ = paired_difference(a, b, np.arange(len(a)))
                 parts.append(f"{e.value:+.3f} [{e.low:+.3f}, {e.high:+.3f}]{unit}")
             yield f"{subject}, {size}, {shots} shots {', '.join(parts)}"
+
+
+def by_sheet(exams: Sequence[Grades], subject: str, shots: int) -> dict[str, list[dict]]:
+    """`rows_of` those exams that kept the nats of every answer, by where their questions lie."""
+    kept = {sheet: rows_of(same, subject, shots) for sheet, same in by_label(exams, lambda e: e.sheet).items()}
+    return {sheet: rows for sheet, rows in kept.items() if rows and all("each_nats" in row for row in rows)}
 
 
 def rows_of(exams: Sequence[Grades], subject: str, shots: int) -> list[dict]:

@@ -57,16 +57,17 @@ def load_curves(index: Path, only: str = "*", stage: str = "*") -> tuple[list[Cu
     Raises ValueError where no PPO run has rows yet.
     """
     if not Path(index).is_file():
-        raise ValueError(f"there is no {index}; give OUT/experiments/<experiment>.json")
+        raise ValueError(f"{index} is no experiment's index; give OUT/experiments/<experiment>.json")
     found, out = json.loads(Path(index).read_text()), Path(index).parent.parent
     curves, best = [], []
     for run, stages in found["runs"].items():
         called = {folder: name for name, folder in stages.items()}
-        for name, folder in stages.items():
-            if not (fnmatch(run, only) and fnmatch(name, stage)):
-                continue
+        chosen = {name: folder for name, folder in stages.items() if fnmatch(run, only) and fnmatch(name, stage)}
+        policies = [name for name, folder in chosen.items() if folder.startswith("ppo/")]
+        for name, folder in chosen.items():
             if folder.startswith("ppo/") and (rows := [r for r in read_rows(out / folder / "metrics.jsonl") if "score" in r]):
-                curves.append(read_curve(out / folder, run, found["experiment"], rows, called))
+                curve = read_curve(out / folder, run, found["experiment"], rows, called)
+                curves.append(curve._replace(run=f"{run}, {name}", label=f"{curve.label}, {name}") if len(policies) > 1 else curve)
             if folder.startswith("best_of_n/") and (out / folder / "evals" / "best_of_n.json").is_file():
                 best.append(read_best(out / folder, run, called))
     if not curves:
@@ -112,11 +113,11 @@ def read_best(folder: Path, run: str, called: Mapping[str, str] = MappingProxyTy
 
 def linear_fit(x, y, most: float = np.inf) -> Fit:
     """Least squares over the points with x <= most. R² is nan where y does not vary, and the slope too where x does not: a policy that
-    has not moved. Raises ValueError on fewer than three points."""
+    has not moved. All is nan of fewer than three points."""
     x, y = np.asarray(x, float), np.asarray(y, float)
     kept = x <= most
     if kept.sum() < 3:
-        raise ValueError(f"{kept.sum()} points with sqrt(KL) <= {most} give no line; choose a larger limit")
+        return Fit(*[float("nan")] * 4)
     x, y = x[kept], y[kept]
     slope, intercept = np.polyfit(x, y, 1) if np.ptp(x) > 0 else (np.nan, y.mean())
     spread = np.sum((y - y.mean()) ** 2)
@@ -226,6 +227,7 @@ def reward_figure(curves: Sequence[Curve], best: Sequence[Best], path: Path, mos
     for ax in axes:
         ax.spines[["top", "right"]].set_visible(False)
     claim = "Paper (Figs. 4, 13): reward grows about linearly in sqrt(KL); train and test PMs agree at first, then part."
+    claim += " (Fig. 36): the best of 1, 4, 16, 64 replies has a helpful Elo of 0, 150, 235, 260." if best else ""
     return finish(fig, path, claim, " ".join(found), panels, shared_legend(fig, axes))
 
 
@@ -238,8 +240,8 @@ def fits_in_words(label: str, group: Sequence[Curve], ax, color: str, most: floa
         if number == 0:
             ends = np.array([0, fit.most])
             ax.plot(ends, fit.intercept + fit.slope * ends, color=color, lw=0.8, alpha=0.5)
-        role = "train" if number == 0 else "test"
-        parts.append(f"{role} {pm}: {fit.intercept:+.2f} {fit.slope:+.2f} sqrt(KL), R² {fit.r2:.2f}")
+        line = "no line" if np.isnan(fit.slope) else f"{fit.intercept:+.2f} {fit.slope:+.2f} sqrt(KL), R² {fit.r2:.2f}"
+        parts.append(f"{'test' if number else 'train'} {pm}: {line}")
     if group[0].gold is not None and np.sum((x > 0) & (x <= most)) >= 3:
         alpha, beta, r2 = gao_fit(x, np.concatenate([c.gold for c in group]), most)
         parts.append(f"gold d({alpha:.2f} {-beta:+.2f} ln d) with d = sqrt(KL), R² {r2:.2f}")

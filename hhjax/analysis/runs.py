@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections import defaultdict
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import NamedTuple
@@ -33,7 +34,7 @@ def find_stages(index: Path, kind: str, only: str = "*", stage: str = "*") -> li
     runs share is given once. index: OUT/experiments/<experiment>.json. Raises ValueError where there is no such file."""
     index = Path(index)
     if not index.is_file():
-        raise ValueError(f"there is no {index}; give OUT/experiments/<experiment>.json")
+        raise ValueError(f"{index} is no experiment's index; give OUT/experiments/<experiment>.json")
     out, found = index.parent.parent, {}
     for run, stages in json.loads(index.read_text())["runs"].items():
         for name, folder in stages.items():
@@ -71,6 +72,23 @@ def load_results(index: Path, only: str = "*", stage: str = "*") -> list[Result]
 def trained_on(result: Result) -> str:
     """The sources of the model's training pairs, in words."""
     return " and ".join(sorted(result.about["shares"]))
+
+
+def alike(results: list[Result], ratio: float = 1.2) -> dict[str, list[Result]]:
+    """Results by what their models are, in words: the sources and shares of their training pairs, size, and number of pairs. Folds and
+    seeds are alike; so are models whose numbers of pairs differ by less than `ratio` from one to the next."""
+    kinds = defaultdict(list)
+    for r in sorted(results, key=lambda r: r.about["comparisons"]):
+        shares = r.about["shares"]
+        mixed = ", ".join(f"{5 * round(20 * shares[source])} % {source}" for source in sorted(shares)) if len(shares) > 1 else ""
+        groups = kinds[f"{r.about['size']} on {mixed or trained_on(r)}"]
+        if not groups or r.about["comparisons"] > ratio * groups[-1][-1].about["comparisons"]:
+            groups.append([])
+        groups[-1].append(r)
+    several = lambda groups, group: f", about {group[0].about['comparisons']:,} pairs" if len(groups) > 1 else ""  # noqa: E731
+    found = {f"{kind}{several(groups, group)}": group for kind, groups in kinds.items() for group in groups}
+    order = [r.run for r in results]
+    return {kind: sorted(group, key=lambda r: order.index(r.run)) for kind, group in found.items()}
 
 
 def require_alike(results: list[Result]) -> None:

@@ -89,12 +89,13 @@ def accuracy_rows(scores: Scores) -> list[Row]:
 
 def accuracy_table(rows: list[Row]) -> str:
     """The rows as aligned text."""
-    lines = [f"{'test':<16}{'scorer':<24}{'accuracy [95 %]':<24}{'pm leads by':<26}{'p':<8}{'pairs':>6}"]
+    lines = [("test", "scorer", "accuracy [95 %]", "pm leads by", "p", "pairs")]
     for r in rows:
         lead = f"{r.lead.value:+.3f} [{r.lead.low:+.3f}, {r.lead.high:+.3f}]" if r.lead else ""
         p = f"{r.p:.4f}" if r.p is not None else ""
-        lines.append(f"{r.source:<16}{r.scorer:<24}{str(r.accuracy):<24}{lead:<26}{p:<8}{r.accuracy.n:>6}")
-    return "\n".join(lines)
+        lines.append((r.source.rstrip("/").split("/")[-1], r.scorer, str(r.accuracy), lead, p, str(r.accuracy.n)))
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths)).rstrip() for line in lines)
 
 
 def summary(scores: Scores) -> dict:

@@ -257,8 +257,12 @@ def _or_malformed(function, *arguments):
 
 
 def _read_sides(data: ComparisonData, data_dir) -> tuple[list, list, DataReport]:
-    """(train rows of each source, test rows of each source, report)."""
-    train, test, report = [], [], DataReport(notes=[find_data_dir(data_dir)[1]])
+    """(train rows of each source, test rows of each source, report).
+
+    A source without test rows of its own is split by the hash of its openings, except those that another source trains on: fresh replies
+    to the training prompts of a tranche are for training beside it.
+    """
+    train, test, lone, report = [], [], [], DataReport(notes=[find_data_dir(data_dir)[1]])
     for number, name in enumerate(data.sources):
         source = find_source(name, data_dir)
         weight = data.loss_weights[number] if data.loss_weights else 1.0
@@ -268,12 +272,14 @@ def _read_sides(data: ComparisonData, data_dir) -> tuple[list, list, DataReport]
         held_out, read_test = _read_files(source.test, data.strict, name, weight)
         report += read + read_test
         report.notes.append(f"{name}: {source.line}" + ("" if source.test else f" {data.fold} of {FOLDS}"))
-        if not source.test:
-            in_test = [opening_hash(row.prompt) % FOLDS == data.fold for row in rows]
-            held_out = [row for row, out in zip(rows, in_test) if out]
-            rows = [row for row, out in zip(rows, in_test) if not out]
         train.append(rows)
         test.append(held_out)
+        lone.append(not source.test)
+    trained = {opening(row.prompt) for alone, group in zip(lone, train) if not alone for row in group}
+    for number, rows in enumerate(train):
+        if lone[number]:
+            in_test = [opening(row.prompt) not in trained and opening_hash(row.prompt) % FOLDS == data.fold for row in rows]
+            train[number], test[number] = ([row for row, out in zip(rows, in_test) if out == side] for side in (False, True))
     return train, test, report
 
 

@@ -98,7 +98,7 @@ def find_data_dir(data_dir: str | Path | None = None) -> tuple[Path | None, str]
             return Path(asked), f"data from {asked} ({origin})"
     if Path("data").is_dir():
         return Path("data"), "data from ./data"
-    return None, f"no data folder: {hub_repo()} from the hub"
+    return None, f"no data folder: tranches of HH, where they are named, come from {hub_repo()} on the hub"
 
 
 def hub_repo() -> str:
@@ -258,6 +258,8 @@ def _find_path(name: str, folder: Path | None) -> Path:
     path = next((path for path in candidates if path.exists()), None)
     if path is None:
         where = f" or in {folder}" if folder else "; set HHJAX_DATA or --data-dir to the data folder"
+        if "/" in name or Path(name).suffix:
+            raise DataError(f"no file {name!r} here{where}")
         known = ", ".join((*TRANCHES, *_READERS))
         raise DataError(f"no data {name!r} here{where}; names known: {known}; or give a path")
     if evaluation := set(path.parts) & set(EVALUATION_SETS):

@@ -190,7 +190,7 @@ class PromptSource(Source):
 class LMSource(Source):
     """Documents, each ending in <eot>, joined and cut into rows of exactly `seq_len` ids; batches are Tokens.
 
-    prompt_len is 0 and length `seq_len`: every token is a target. The remainder of the last row
+    prompt_len is 0 and length `seq_len`: every token but a row's first is a target. The remainder of the last row
     is left out. `n_tokens` counts the ids in rows.
     """
 
@@ -209,19 +209,6 @@ class LMSource(Source):
     def take(self, rows: np.ndarray, width_of: np.ndarray | None = None) -> Tokens:
         """Tokens of [len(rows), seq_len] numpy arrays."""
         return Tokens(self._rows[rows], np.zeros(len(rows), np.int32), self.lengths[rows])
-
-
-def eval_batches(source: Source, batch_size: int | None = None, host: Host = Host()) -> Iterator[tuple[object, int]]:
-    """Every row once, in order: (this host's share of a batch, real rows in the whole batch).
-
-    All batches have `batch_size` rows (default the source's), the last filled up with
-    copies of its last row, which come after the real ones.
-    """
-    batch_size = batch_size or source.batch_size
-    for start in range(0, source.size, batch_size):
-        real = min(batch_size, source.size - start)
-        rows = np.minimum(np.arange(start, start + batch_size), source.size - 1)
-        yield source.take(_share(rows, host), width_of=rows), real
 
 
 class _Encoder:

@@ -11,6 +11,7 @@ from sklearn.model_selection import GroupKFold
 from hhjax.analysis.stats import correct
 from hhjax.data.comparisons import Comparison, opening_hash
 
+LEAST = 20  # opening prompts that a bag of words is learned from: fewer give no vocabulary, or no four folds
 STRENGTHS = (0.001, 0.003, 0.01, 0.03, 0.1)  # inverse L2 penalties that cross-validation chooses from
 
 
@@ -19,15 +20,16 @@ def baseline_margins(train: Sequence[Comparison], test: Sequence[Comparison]) ->
 
     "longer" and "shorter" reply wins (characters); "words": logistic regression on the difference of the replies'
     word counts, trained on all training pairs; and, where those come from several sources, "words:SOURCE"
-    trained on one. A rule or a one-source model fits one kind of comparison and may fall below chance on another.
+    trained on one. A rule or a one-source model fits one kind of comparison and may fall below chance on another. Models of fewer than
+    LEAST opening prompts are left out.
     """
     longer = np.array([len(row.chosen) - len(row.rejected) for row in test], float)
-    margins = {"longer": longer, "shorter": -longer, "words": word_margins(train, test)}
     sources = sorted({row.source for row in train})
+    learners = {"words": train}
     if len(sources) > 1:
-        for source in sources:
-            margins[f"words:{source}"] = word_margins([r for r in train if r.source == source], test)
-    return margins
+        learners |= {f"words:{source}": [row for row in train if row.source == source] for source in sources}
+    able = {name: rows for name, rows in learners.items() if len({opening_hash(row.prompt) for row in rows}) >= LEAST}
+    return {"longer": longer, "shorter": -longer} | {name: word_margins(rows, test) for name, rows in able.items()}
 
 
 def word_margins(train: Sequence[Comparison], test: Sequence[Comparison]) -> np.ndarray:

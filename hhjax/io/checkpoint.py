@@ -9,6 +9,8 @@ if its manifest is there and every leaf restored has the checksum that it record
 
 import json
 import logging
+import sys
+import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -18,7 +20,10 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
+from hhjax.cluster import agreed, all_agree
 from hhjax.io.files import checkpoints_dir, write_atomically
+
+SEEN_S = 60.0  # how long a shared file system may take to show process 0's files to the others
 
 logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax reports every save at INFO and WARNING
 
@@ -85,18 +90,34 @@ class CheckpointWriter:
 
 
 def restore(run_dir: Path, like, shardings, on_damaged: Callable[[int, str], None] = lambda step, why: None):
-    """The newest good state and its position, laid out by `shardings`, or None where there is none.
+    """The newest good state and its position, laid out by `shardings`, or None where there is none; the same on every process.
 
     like, shardings: trees of the saved state's structure, of shapes and of NamedShardings; the mesh
     may be another than at the save. on_damaged(step, reason) hears of every step that was passed over.
     """
-    folder = checkpoints_dir(run_dir)
-    for step in reversed(steps_on_disk(folder)):
-        try:
-            return restore_step(folder, step, like, shardings)
-        except DamagedCheckpoint as error:
-            on_damaged(step, str(error))
+    folder, passed = checkpoints_dir(run_dir), sys.maxsize
+    # Process 0 says which step is next: a shared file system may show the newest to some processes later than to others.
+    while (step := agreed(max((s for s in steps_on_disk(folder) if s < passed), default=-1))) >= 0:
+        passed, found, reason = step, None, f"step {step}: no manifest that every process sees: an unfinished save"
+        if is_good(folder, step):
+            try:
+                found, reason = restore_step(folder, step, like, shardings), f"step {step}: another process cannot read it"
+            except DamagedCheckpoint as error:
+                reason = str(error)
+        if all_agree(found is not None):
+            return found
+        on_damaged(step, reason)
     return None
+
+
+def is_good(folder: Path, step: int) -> bool:
+    """Whether process 0 finds a step's manifest, and every other does within SEEN_S; the same on every process."""
+    path, until = manifest_path(folder, step), time.monotonic() + SEEN_S
+    if not agreed(path.is_file()):
+        return False
+    while not path.is_file() and time.monotonic() < until:
+        time.sleep(0.1)
+    return all_agree(path.is_file())
 
 
 def restore_step(folder: Path, step: int, like, shardings):
@@ -108,18 +129,17 @@ def restore_step(folder: Path, step: int, like, shardings):
 
 
 def load_params(run_dir: Path, step: int | None, like, shardings):
-    """The parameters of a finished or running stage: of `step`, or of its newest good one.
+    """The parameters of a finished or running stage: of `step`, or of its newest good one, which is the same on every process.
 
     Raises FileNotFoundError, naming the good steps, where there is none such.
     """
     folder = checkpoints_dir(run_dir)
-    good = good_steps(folder)
-    if not good or (step is not None and step not in good):
+    chosen = step if step is not None else agreed(max(good_steps(folder), default=-1))
+    if chosen < 0 or not is_good(folder, chosen):
         wanted = "checkpoint" if step is None else f"checkpoint of step {step}"
-        raise FileNotFoundError(f"{folder}: no good {wanted}; good steps are {good or 'none'}")
-    step = good[-1] if step is None else step
+        raise FileNotFoundError(f"{folder}: no good {wanted}; good steps are {good_steps(folder) or 'none'}")
     leaves = flatten(like)
-    values = read_part(folder, step, "params", leaves, flatten(shardings), read_manifest(folder, step))
+    values = read_part(folder, chosen, "params", leaves, flatten(shardings), read_manifest(folder, chosen))
     return jax.tree.unflatten(jax.tree.structure(like), [values[name] for name in leaves])
 
 

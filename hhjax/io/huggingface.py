@@ -1,16 +1,18 @@
 """Weights in and out of Hugging Face folders (config.json + *.safetensors) of the GPT-NeoX, Llama and Qwen layouts."""
 
+import contextlib
 import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
+import jax
 import numpy as np
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from hhjax.model.transformer import ModelConfig
+from hhjax.model.transformer import ModelConfig, make_model
 
 FAMILIES = ("gpt_neox", "llama", "qwen2", "qwen3")
 ACTIVATIONS = {
@@ -52,12 +54,27 @@ def is_model(folder) -> bool:
     return (Path(folder) / "config.json").is_file() and "model_type" in read_fields(folder)
 
 
-def save_folder(folder, cfg: ModelConfig, params, family: str) -> None:
-    """Writes config.json and model.safetensors (f32) that transformers loads. The score head is left out.
+def fitted(cfg: ModelConfig, params) -> tuple[str, ModelConfig, dict]:
+    """(family, config, parameters) of the first layout that a model fits as it is, or else of GPT-NeoX with the biases that it lacks, all
+    zero: the paper's ladder fits so. Raises ValueError where none does."""
+    for family in FAMILIES:
+        with contextlib.suppress(ValueError):
+            config_to_huggingface(cfg, family)
+            return family, cfg, params
+    biased = replace(cfg, norm_bias=True, qkv_bias=True, out_bias=True, mlp_bias=True)
+    config_to_huggingface(biased, "gpt_neox")
+    shapes = jax.eval_shape(make_model(biased).init, jax.random.key(0))
+    zeros = lambda shapes, known: {name: known.get(name, np.zeros(x.shape, np.float32)) for name, x in shapes.items()}  # noqa: E731
+    blocks = zeros(shapes["blocks"], params["blocks"])
+    return "gpt_neox", biased, zeros({n: x for n, x in shapes.items() if n != "blocks"}, params) | {"blocks": blocks}
+
+
+def save_folder(folder, cfg: ModelConfig, params, family: str, **more) -> None:
+    """Writes config.json, with `more` fields, and model.safetensors (f32) that transformers loads. The score head is left out.
 
     Raises ValueError where the config is not of the family's layout.
     """
-    fields = config_to_huggingface(cfg, family)
+    fields = config_to_huggingface(cfg, family) | more
     tensors = {}
     for e in entries(cfg, family):
         if e.theirs.count("{i}"):

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -25,7 +26,7 @@ def hold_lock(folder: Path) -> Iterator[None]:
         if is_alive(path):
             raise Held(f"{path} is held by {read_lock(path)}")
     try:
-        with beating(lambda: os.utime(path)):
+        with beating(lambda: renew(path)):
             yield
     finally:
         if is_ours(read_lock(path)):
@@ -34,7 +35,15 @@ def hold_lock(folder: Path) -> Iterator[None]:
 
 def claim() -> str:
     """What this process writes into a LOCK."""
-    return json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "since": time.time()})
+    return json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "started": start_of(os.getpid()), "since": time.time()})
+
+
+def renew(path: Path) -> None:
+    """A heartbeat. Ends this process where its lock has become another's: it was suspended for longer than STALE_S, and two would write."""
+    if (holder := read_lock(path)) and not is_ours(holder):
+        print(f"{path} was taken over by {holder}: this process ends, and may be started anew", file=sys.stderr, flush=True)
+        os._exit(1)
+    os.utime(path)
 
 
 def take_lock(path: Path) -> bool:
@@ -59,7 +68,8 @@ def take_lock(path: Path) -> bool:
 
 
 def is_alive(path: Path) -> bool:
-    """Whether the lock's holder still runs: by its pid on this host, and by its heartbeat anywhere."""
+    """Whether the lock's holder still runs: on this host by its pid and start, whatever the age of its heartbeat (it may have been
+    suspended); by its heartbeat elsewhere."""
     holder = read_lock(path)
     try:
         age_s = time.time() - path.stat().st_mtime
@@ -69,13 +79,16 @@ def is_alive(path: Path) -> bool:
         return age_s < BEAT_S
     if is_ours(holder):  # of an earlier process with our number: a restarted container
         return False
-    if holder["host"] == socket.gethostname() and not pid_runs(holder["pid"]):
-        return False
+    if holder["host"] == socket.gethostname():
+        if not pid_runs(holder["pid"]):
+            return False
+        if started := holder.get("started"):
+            return started == start_of(holder["pid"])
     return age_s < STALE_S
 
 
 def read_lock(path: Path) -> dict:
-    """The holder {"host", "pid", "since"}; {} where there is none, or none that can be read."""
+    """The holder {"host", "pid", "started", "since"}; {} where there is none, or none that can be read."""
     try:
         return json.loads(path.read_text())
     except (OSError, ValueError):
@@ -98,10 +111,20 @@ def pid_runs(pid: int) -> bool:
 
 def is_zombie(pid: int) -> bool:
     """A process that has ended and that nobody has waited for (Linux; False elsewhere)."""
+    return stat_of(pid)[:1] == ["Z"]
+
+
+def start_of(pid: int) -> str:
+    """When a process began, in clock ticks since this host did, which no other process of its number shares (Linux; "" elsewhere)."""
+    return "".join(stat_of(pid)[19:20])
+
+
+def stat_of(pid: int) -> list[str]:
+    """The fields of /proc/PID/stat from the third, the state, on; [] where there is none."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
-    except (OSError, IndexError):
-        return False
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return []
 
 
 @contextlib.contextmanager

@@ -101,7 +101,7 @@ def truncate_rows(path: Path, last_step: int, evaluated: bool = True) -> None:
 def write_event(run_dir: Path, event: str, **details) -> None:
     """Appends {"time", "event", ...} to events.jsonl.
 
-    Events are start, data, restore, damaged, save, preempt, nan, error and done.
+    Events are start, data, offsets, restore, damaged, save, preempt, nan, error and done.
     """
     row = json.dumps({"time": time.time(), "event": event, **details}, default=str) + "\n"
     with (run_dir / "events.jsonl").open("a+b") as f:

@@ -158,11 +158,14 @@ def what_is_saved(folder: Path) -> str:
 
 
 def main_metric(folder: Path, rows: list[dict]) -> str:
-    """The accuracy of an evaluation, else the newest held-out accuracy or loss, else the newest training loss, as text."""
+    """The accuracy of an evaluation, a policy's newest score and distance, else the newest held-out accuracy or loss, else the newest training
+    loss, as text."""
     summary = folder / "evals" / "summary.json"
     if summary.is_file():
         ours = [row for row in json.loads(summary.read_text())["accuracy"] if row["scorer"] == "pm"]
         return f"accuracy {ours[-1]['accuracy']['value']:.4f}"
+    if rows and "sqrt_kl" in (last := next((row for row in reversed(rows) if "score" in row), {})):
+        return f"score {last['score']:.2f}, sqrt_kl {last['sqrt_kl']:.2f}"
     for name in ("eval/accuracy", "eval/loss", "loss"):
         if found := [row[name] for row in rows if row.get(name) is not None]:
             return f"{name} {found[-1]:.4f}"

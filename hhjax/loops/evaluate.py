@@ -8,7 +8,7 @@ import numpy as np
 
 from hhjax.analysis.scores import Scores, write_summary
 from hhjax.clinic.gold import bayes_accuracy
-from hhjax.data.comparisons import ComparisonData, opening_hash
+from hhjax.data.comparisons import ComparisonData, opening, opening_hash
 from hhjax.data.records import DataError
 from hhjax.data.transcripts import HUMAN, parse_transcript
 from hhjax.evals.baselines import baseline_margins
@@ -27,8 +27,8 @@ from hhjax.stages import Evaluate, StageContext
 def run(stage: Evaluate, ctx: StageContext) -> None:
     """Scores the test side of the stage's data; writes evals/scores.csv, summary.json and table.txt.
 
-    The baselines learn from the very pairs that the preference model was trained on.
-    Raises DataError where the model has seen an opening prompt of the test.
+    The baselines learn from the very pairs that the preference model was trained on. Test pairs whose opening prompt it has seen are
+    left out, and counted, where the data says overlap="drop"; DataError otherwise.
     """
     mesh = make_mesh(stage.mesh)
     folder, step = ctx.parent(stage.of)
@@ -39,7 +39,7 @@ def run(stage: Evaluate, ctx: StageContext) -> None:
     test, _ = inputs.comparisons(stage.data, "test", ctx.data_dir, ctx.parents)
     folders = {ref: Path(folder) for ref, folder in parent["parents"].items()}
     train, _ = inputs.comparisons(training_data(parent), "train", ctx.data_dir, folders)
-    require_unseen(train, test)
+    test = unseen(train, test, stage.data.overlap)
     batch_size = -(-stage.batch_size // batch_ways(mesh)) * batch_ways(mesh)
     found = score_comparisons(model, params, tokenizer, test, parent["config"]["seq_len"], batch_size, mesh, ctx.stop_if_told)
     text = on_first(ctx, lambda: summarise(stage, ctx, found, train, test, matmul_params(model.config)))
@@ -81,9 +81,17 @@ def training_data(parent: dict) -> ComparisonData:
     return ComparisonData(**fields)
 
 
-def require_unseen(train, test) -> None:
-    """Raises DataError where an opening prompt of the test was trained on, say on another fold of one data set."""
-    seen = {opening_hash(row.prompt) for row in train}
-    if leaked := sum(opening_hash(row.prompt) in seen for row in test):
-        raise DataError(f"the model was trained on the opening prompts of {leaked} of {len(test)} test pairs: "
-                        f"give this stage the data, and the fold, of the model")  # fmt: skip
+def unseen(train, test, overlap: str) -> list:
+    """The test pairs whose opening prompts were not trained on: with overlap "drop" the others are left out, and counted.
+
+    Raises DataError where there are others and overlap is "error", or where none remains: another fold of one data set, say.
+    """
+    seen = {opening(row.prompt) for row in train}
+    fresh = [row for row in test if opening(row.prompt) not in seen]
+    leaked = len(test) - len(fresh)
+    if leaked and (overlap == "error" or not fresh):
+        raise DataError(f"the model was trained on the opening prompts of {leaked} of {len(test)} test pairs: give this stage the data, "
+                        f"and the fold, of the model, or set data.overlap to 'drop' to leave out a part")  # fmt: skip
+    if leaked and jax.process_index() == 0:
+        print(f"{leaked} of {len(test)} test pairs left out: the model was trained on their opening prompts")
+    return fresh

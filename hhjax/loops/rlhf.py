@@ -250,15 +250,16 @@ def starting_state(stage: PPO, ctx: StageContext, found: dict[str, Loaded], mesh
 def mean_scores(setup: Setup, phases: Phases, state: TrainState) -> dict:
     """The mean score that each PM gives the initial policy's replies to the held-out prompts: what later scores are above.
 
-    With gamma 1 a constant in reward and values cancels out of the advantages, so that a value network which starts from the
-    reward PM may go on predicting scores as they are: "value" is that constant, see `make_score`.
+    With gamma 1 a constant in reward and values cancels out of the advantages, so that a value network which starts from a PM may go
+    on predicting scores as they are: "value" is that constant, see `make_score`. Of the reward PM it is the mean of its scores; of any
+    other model the mean of its own predictions, which is 0 for a head that was never trained.
     """
     stage, none = setup.stage, {"reward": 0.0, "value": 0.0, "tests": dict.fromkeys(setup.stage.tests, 0.0)}
     parts = [report for *_, report in held_out_replies(setup, phases, state, none)]
     means = {name: float(np.concatenate([p[name] for p in parts]).mean()) for name in parts[0]}
     from_reward = not stage.value_head and stage.value in (None, stage.reward)
     tests = {ref: means[f"test/{ref}"] for ref in stage.tests}
-    return {"reward": means["score"], "value": means["score"] if from_reward else 0.0, "tests": tests}
+    return {"reward": means["score"], "value": means["score" if from_reward else "value_mean"], "tests": tests}
 
 
 def describe_folder(ctx: StageContext, policy: Loaded, prompts: PromptSource, held_out: PromptSource) -> None:

@@ -62,9 +62,9 @@ def make_score(actor: Actor, judges: Judges, vocab: Vocabulary, width: int, cfg:
 
     rows: what models read of the samples, `samples.rows` or PackedReplies of them; ways: the shards of these.
     frozen: {"reference", "reward", "tests": {name: ...}} parameters. offsets: {"reward", "tests"} scores to subtract, and "value", what a
-    centred score is on the value network's scale: the reward's offset where it started from that PM, which predicts scores as they
-    are, and 0 where it started from a head of zeros.
-    report: per sample, [B] each: score, test scores, k1 and k3 KL in nats, length, stopped; and scalars of the whole batch.
+    centred score is on the value network's scale: 0 where it started from a head of zeros, else about what it predicts at its start.
+    report: per sample, [B] each: score, test scores, k1 and k3 KL in nats, length, stopped, means over the reply of values and returns;
+    and scalars of the whole batch.
     """
 
     def score(params, frozen, samples: Samples, rows: Tokens | PackedReplies, offsets, beta):
@@ -95,8 +95,8 @@ def make_score(actor: Actor, judges: Judges, vocab: Vocabulary, width: int, cfg:
             "stopped": samples.stopped,
             "entropy": masked_mean(entropy, mask),
             "explained_variance": explained_variance(values, returns, mask),
-            "value_mean": masked_mean(values, mask) - offsets["value"],
-            "return_mean": masked_mean(returns, mask) - offsets["value"],
+            "value_mean": masked_mean(values, mask, -1) - offsets["value"],
+            "return_mean": masked_mean(returns, mask, -1) - offsets["value"],
         } | drift
         if cfg.whiten:
             advantages = whiten(advantages, mask)

@@ -39,13 +39,15 @@ def test_elo_of_seeds_and_of_one(read, tmp_path):
 
 
 def test_two_policies_are_compared_seed_by_seed(tmp_path):
-    def rated(name, elo, samples=960):
-        return Rated(name, samples, *(Estimate(x, x - 1, x + 1, 9, 8) for x in (elo, 0.0, 0.0)))
+    def rated(name, elo, samples=960, stage="s0"):
+        return Rated(name, samples, *(Estimate(x, x - 1, x + 1, 9, 8) for x in (elo, 0.0, 0.0)), stage)
 
-    seeds = [[rated("loop", 100.0), rated("control", 60.0)], [rated("loop", 90.0), rated("control", 80.0)]]
+    seeds = [[rated("loop", 100.0), rated("control", 60.0)], [rated("loop", 90.0, stage="s1"), rated("control", 80.0, stage="s1")]]
     assert "loop above control by +25 at 960 samples (seeds +40, +10)" in elo_figure(seeds, tmp_path / "f")
     unbeaten = rated("loop", np.inf, 2000)
     found = elo_figure([[*seeds[0], unbeaten]], tmp_path / "g")
     assert "loop above control by +40 at 960 samples; without a finite rating and left out: loop at 2,000." in found
+    lost = [[rated("loop", np.inf, stage="s2"), rated("control", 9.0, stage="s2")]]  # a seed that one arm is not rated in
+    assert "by +25 at 960 samples (seeds +40, +10)" in elo_figure([*seeds, *lost], tmp_path / "i")
     with pytest.raises(ValueError, match="no snapshot has a finite rating"):
         elo_figure([[unbeaten]], tmp_path / "h")

@@ -7,6 +7,7 @@ import pytest
 
 from hhjax.analysis.figures import accuracy_figure, calibration_figure, mean_over_kinds, mixture_figure, turn_figure
 from hhjax.analysis.plotting import plot
+from hhjax.analysis.runs import alike
 from hhjax.analysis.scores import write_summary
 
 
@@ -48,6 +49,28 @@ def test_mixture(make_result, read, tmp_path):
     helpful, harmless = (points["kind", f"1M on {kind}"][0, 1] for kind in ("helpful", "harmless"))
     assert f"helpfulness alone {helpful:.3f} on helpful and {harmless:.3f} on harmless" in found
     assert f"best mean {max(means):.3f} at {100 * shares[int(np.argmax(means))]:.0f} % harmless" in found
+
+
+def test_a_mixture_says_alone_only_of_what_was_alone(make_result, tmp_path):
+    mixed = lambda i, share, **about: make_result(i, shares={"harmless-base": share, "helpful-base": 1 - share}, **about)  # noqa: E731
+    found = mixture_figure([mixed(0, 0.5, size="0.1M", parameters=98_304), mixed(1, 0.25), mixed(2, 0.5)], tmp_path / "mixed")
+    assert "alone" not in found and found.count("best mean") == 2 and found.startswith("0.1M: best mean")
+    with pytest.raises(ValueError, match="differ in more than their mixture: 1M on 50 % harmless-base, 50 % helpful-base, about 100 pairs"):
+        mixture_figure([mixed(0, 0.5, comparisons=100), mixed(1, 0.5, comparisons=6000)], tmp_path / "unlike")
+
+
+def test_folds_are_alike_and_other_sizes_mixtures_and_numbers_are_not(make_result):
+    folds = [make_result(i, comparisons=n) for i, n in enumerate((1831, 1890, 1860))]
+    others = [make_result(3, comparisons=250), make_result(4, size="3M"), make_result(5, shares={"a": 0.25, "b": 0.75})]
+    groups = alike([*folds, *others])
+    assert sorted(map(len, groups.values())) == [1, 1, 1, 3]
+    assert any("25 % a, 75 % b" in kind for kind in groups) and any("about 250 pairs" in kind for kind in groups)
+
+
+def test_names_with_dots_are_names(make_result, tmp_path):
+    for name in ("0.4M-s0-aaaa", "0.4M-s0-bbbb"):
+        calibration_figure([make_result()], tmp_path / f"calibration_{name}")
+    assert len(list(tmp_path.glob("*.png"))) == len(list(tmp_path.glob("*.csv"))) == 2
 
 
 def test_the_mean_over_kinds_is_the_mean_of_their_accuracies(make_result):

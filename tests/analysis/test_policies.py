@@ -71,7 +71,7 @@ def test_an_experiment_s_stages_are_found_by_kind_each_once(tmp_path):
         (tmp_path / "ppo" / name / "DONE").touch()
     for name, of in (("l", "lm"), ("x", "ppo")):
         (tmp_path / "exam" / name / "evals").mkdir(parents=True)
-        about = {"size": "1M", "config": {"of": "it"}, "parents": {"it": f"runs/{of}/1M-s0-0"}}
+        about = {"size": "1M", "config": {"of": "it", "data": "sheet"}, "parents": {"it": f"runs/{of}/1M-s0-0", "sheet": "runs/clinic/exam-s0"}}
         (tmp_path / "exam" / name / "config.json").write_text(json.dumps(about))
         (tmp_path / "exam" / name / "evals" / "exam.json").write_text(json.dumps({"rows": [{"shots": 0}]}))
         (tmp_path / "exam" / name / "DONE").touch()
@@ -138,6 +138,9 @@ def test_the_tax_is_told_as_a_paired_change(tmp_path):
     found = tax_figure([before, *after], tmp_path / "tax")
     assert "on the same questions, 95 % intervals over them: s, 1M, 0 shots -0.200 [-0." in found
     assert "+0.500 [+0.500, +0.500] nats." in found
+    # Another seed with fewer questions of its own: paired with itself.
+    other = [grades(policy, right, [1.0] * 6)._replace(sheet="own") for policy, right in (("before", [1] * 6), ("after", [0] * 6))]
+    assert "s, 1M, 0 shots -0.500 [-0." in tax_figure([before, *after, *other], tmp_path / "sheets")
     assert "on the same questions" not in tax_figure([before], tmp_path / "alone")
 
 

@@ -82,7 +82,7 @@ def test_results_are_found_through_the_index(tmp_path):
     assert [r.run for r in load_results(index, "*b")] == ["seed=b"]
     with pytest.raises(ValueError, match="nothing of .* that matches 'seed=unfinished', '[*]' is evaluated yet"):
         load_results(index, "seed=unfinished")
-    with pytest.raises(ValueError, match="there is no .*none.json"):
+    with pytest.raises(ValueError, match="none.json is no experiment's index"):
         load_results(tmp_path / "none.json")
     with pytest.raises(ValueError, match="has no evals/summary.json; finish that stage"):
         load_result(tmp_path / "evaluate" / "unfinished")

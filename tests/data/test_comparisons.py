@@ -172,6 +172,16 @@ def test_an_opening_on_both_sides_is_an_error_or_is_dropped(house, tmp_path):
     assert any("training rows dropped" in note for note in report.notes)
 
 
+def test_fresh_replies_to_training_prompts_are_for_training(house, tmp_path):
+    """A tranche of an online round beside the tranche that its prompts are from: nothing is lost, and nothing of it becomes a test."""
+    fresh = write(tmp_path / "fresh.jsonl", [{**row(n), "chosen": f"{row(n)['chosen']} indeed"} for n in range(100, 140)])
+    data = ComparisonData(("harmless-base", fresh))
+    train, test = (load_comparisons(data, split, house)[0] for split in ("train", "test"))
+    assert sorted(numbers(train)) == sorted([*range(100, 140)] * 2) and numbers(test) == list(range(140, 150))
+    alone = ComparisonData((fresh,))
+    assert load_comparisons(alone, "test", house)[0]  # by the hash, as any file
+
+
 def test_halves_are_disjoint_and_leave_the_test_side_alone(house):
     halves = {half: numbers(load_comparisons(ComparisonData(half=half), "train", house)[0])
               for half in ("A", "B", None)}

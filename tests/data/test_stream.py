@@ -6,7 +6,7 @@ import pytest
 from hhjax.data.comparisons import Comparison
 from hhjax.data.records import DataError
 from hhjax.data.sources import Document
-from hhjax.data.stream import Host, LMSource, PairSource, encode_document, encode_prompt, encode_reply, eval_batches
+from hhjax.data.stream import Host, LMSource, PairSource, encode_document, encode_prompt, encode_reply
 from hhjax.data.transcripts import Turn
 
 PROMPT = "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant:"
@@ -151,24 +151,9 @@ def test_packed_rows_are_the_documents_in_order(tok, text):
     assert text.batch(0, 0).tokens.shape == (8, 16)
 
 
-@pytest.mark.parametrize("hosts", [1, 2])
-def test_evaluation_sees_every_row_once_in_order(source, hosts):
-    shares = [list(eval_batches(source, 4, Host(index, hosts))) for index in range(hosts)]
-    rows, reals = [], [real for _, real in shares[0]]
-    for batches in zip(*shares):
-        parts = [batch.chosen for batch, _ in batches]
-        joined = [ids[:end].tolist() for part in parts for ids, end in zip(part.tokens, part.length)]
-        assert len(joined) == 4 and len({part.tokens.shape for part in parts}) == 1
-        rows += joined[: batches[0][1]]
-    assert reals == [4] * 50 + [3]
-    everything = source.take(np.arange(source.size)).chosen
-    assert rows == [ids[:end].tolist() for ids, end in zip(everything.tokens, everything.length)]
-
-
 def test_too_few_rows_for_a_batch(tok, pairs):
     source = PairSource(pairs[:3], tok, 160, 8)
     with pytest.raises(DataError, match="3 rows do not fill a batch of 8"):
         source.batch(0, 0)
-    assert [real for _, real in eval_batches(source)] == [3]
     with pytest.raises(DataError, match="do not fill a row of 64"):
         LMSource([Document("short")], tok, 64, 1)

@@ -51,6 +51,8 @@ def test_a_one_source_bag_of_words_learns_from_that_source_only():
     np.testing.assert_allclose(margins["words:helpful"], word_margins(helpful, test))
     assert np.all(margins["words:helpful"] > 0) and np.all(margins["words:harmless"] < 0)
     np.testing.assert_allclose(margins["words"], word_margins(helpful + harmless, test))
+    few = baseline_margins(helpful + harmless[:3], test)  # three pairs teach nothing
+    assert set(few) == {"longer", "shorter", "words", "words:helpful"}
 
 
 def test_margins_do_not_depend_on_the_order_of_training_pairs():

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from hhjax.io.huggingface import config_to_huggingface, extend_vocab, load_folder, save_folder
+from hhjax.io.huggingface import config_to_huggingface, extend_vocab, fitted, load_folder, save_folder
 from hhjax.model.sizes import model_config
 from hhjax.model.transformer import make_model
 
@@ -45,6 +45,36 @@ def test_saving_gives_back_the_same_tensors(family, tmp_path):
 def test_a_layout_that_does_not_fit_is_refused():
     with pytest.raises(ValueError, match="does not fit the llama layout"):
         config_to_huggingface(model_config("1M", 100), "llama")
+
+
+def random_model(size: str, vocab: int = 96):
+    """A rung of the ladder with random weights, norms and their biases included: (config, parameters, tokens, logits)."""
+    cfg = model_config(size, vocab)
+    model = make_model(cfg)
+    leaves, tree = jax.tree.flatten(model.init(jax.random.key(0)))
+    params = jax.tree.unflatten(tree, [x + 0.05 * jax.random.normal(jax.random.key(i), x.shape) for i, x in enumerate(leaves)])
+    tokens = np.arange(40).reshape(2, 20) * 7 % vocab
+    return cfg, params, tokens, np.asarray(model.logits(params, model.apply(params, jnp.asarray(tokens))[0]))
+
+
+def test_the_ladder_is_gpt_neox_with_biases_of_zero(tmp_path):
+    cfg, params, tokens, expected = random_model("0.1M")
+    family, wider, filled = fitted(cfg, jax.device_get(params))
+    assert family == "gpt_neox" and not np.any(filled["blocks"]["up_bias"])
+    save_folder(tmp_path, wider, filled, family, eos_token_id=1)
+    np.testing.assert_allclose(our_logits(tmp_path, tokens), expected, atol=1e-5)
+    assert fitted(*load_folder(GOLDEN / "qwen3"))[0] == "qwen3"
+
+
+@pytest.mark.oracle
+def test_an_exported_model_speaks_alike_in_transformers(tmp_path):
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    cfg, params, tokens, expected = random_model("0.1M")
+    family, wider, filled = fitted(cfg, jax.device_get(params))
+    save_folder(tmp_path, wider, filled, family, eos_token_id=1, pad_token_id=0, bos_token_id=None)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    with torch.no_grad():
+        np.testing.assert_allclose(theirs(torch.tensor(tokens)).logits.numpy(), expected, atol=1e-4)
 
 
 def test_added_rows_are_the_mean_embedding_and_leave_the_others_alone():

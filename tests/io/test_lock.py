@@ -49,6 +49,23 @@ def test_a_torn_lock_is_taken_over_once_it_is_old(tmp_path):
         pass
 
 
+def test_a_suspended_process_of_this_host_keeps_it_and_one_of_its_number_does_not(tmp_path):
+    """A laptop that slept: no heartbeat for long, but the process is there. Its number alone would not tell it from a later one."""
+    path, parent = write_lock(tmp_path, os.getppid(), age_s=lock.STALE_S + 600), os.getppid()
+    path.write_text(json.dumps({"host": socket.gethostname(), "pid": parent, "started": lock.start_of(parent), "since": 0}))
+    os.utime(path, (time.time() - lock.STALE_S - 600,) * 2)
+    assert lock.is_alive(path)
+    path.write_text(json.dumps({"host": socket.gethostname(), "pid": parent, "started": "1", "since": 0}))
+    assert not lock.is_alive(path)
+
+
+def test_a_process_whose_lock_was_taken_over_ends(tmp_path):
+    code = "import json, sys, time\nfrom pathlib import Path\nfrom hhjax.io import lock\nlock.BEAT_S = 0.05\nwith lock.hold_lock(Path(sys.argv[1])):\n" \
+           "    (Path(sys.argv[1]) / 'LOCK').write_text(json.dumps({'host': 'elsewhere', 'pid': 1, 'since': 0}))\n    time.sleep(20)\n"  # fmt: skip
+    done = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and "was taken over by {'host': 'elsewhere'" in done.stderr
+
+
 def test_a_live_holder_keeps_it(tmp_path):
     path = write_lock(tmp_path, os.getppid())
     with pytest.raises(lock.Held, match=str(os.getppid())), lock.hold_lock(tmp_path):

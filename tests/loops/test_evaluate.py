@@ -12,7 +12,7 @@ from hhjax.data.comparisons import Comparison, ComparisonData, load_comparisons,
 from hhjax.data.records import DataError
 from hhjax.fields import ConfigError
 from hhjax.io.metrics import read_rows
-from hhjax.loops.evaluate import require_unseen, training_data
+from hhjax.loops.evaluate import training_data, unseen
 from hhjax.model.sizes import matmul_params, model_config
 
 EXPERIMENT = """
@@ -88,9 +88,13 @@ def test_what_is_no_preference_model_is_refused(judged, hugging_face_folder):
 
 def test_one_shared_opening_is_enough():
     row = lambda text: Comparison(f"\n\nHuman: {text}\n\nAssistant:", "a", "b")  # noqa: E731
-    require_unseen([row("one"), row("two")], [row("three")])
+    train = [row("one"), row("two")]
+    assert unseen(train, [row("three")], "error") == [row("three")]
     with pytest.raises(DataError, match="of 1 of 2 test pairs"):
-        require_unseen([row("one"), row("two")], [row("three"), row("two")])
+        unseen(train, [row("three"), row("two")], "error")
+    assert unseen(train, [row("three"), row("two")], "drop") == [row("three")]
+    with pytest.raises(DataError, match="of 1 of 1 test pairs"):  # nothing would be left
+        unseen(train, [row("two")], "drop")
 
 
 def test_the_training_data_of_a_model_is_read_from_its_config(judged):

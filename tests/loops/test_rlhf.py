@@ -331,18 +331,19 @@ def test_the_reward_rises(pipeline, context, tmp_path):
     assert np.mean([r["score"] for r in rows[-5:]]) > 0.5 * spread
 
 
-@pytest.mark.parametrize("changes", [{}, {"value_head": True}, {"value": "lm"}])
+@pytest.mark.parametrize("changes", [{}, {"value_head": True}, {"value": "lm"}, {"value": "pm_test"}])
 def test_value_networks_of_every_kind(pipeline, context, tmp_path, changes):
     """Each begins near the mean of what it is to predict: a constant error would pay for length, or for its absence."""
     if "value" in changes:
-        changes = {"value": str(pipeline["lm"])}
+        changes = changes | {"value": str(pipeline[changes["value"]])}
+    blank = "value_head" in changes or changes.get("value") == str(pipeline["lm"])  # a head of zeros says 0
     stage = make_ppo(pipeline, steps=2, eval_every=0, **changes)
     rlhf.run(stage, context(stage, tmp_path / "run"))
     rows = iterations(tmp_path / "run")
     [offsets] = [e for e in read_events(tmp_path / "run") if e["event"] == "offsets"]
     assert abs(offsets["reward"]) > 0.05  # what would show if it were forgotten, or subtracted twice
-    far = abs(rows[0]["value_mean"] - (rows[0]["return_mean"] if not changes else 0.0))  # a head of zeros says 0
-    assert far < (0.5 * abs(offsets["reward"]) if not changes else 1e-6)
+    far = abs(rows[0]["value_mean"] - (0.0 if blank else rows[0]["return_mean"]))
+    assert far < (1e-6 if blank else 0.5 * abs(offsets["reward"])) and (offsets["value"] == 0) == blank
     assert ("grad_norm_value" in rows[0]) == ("value_head" not in changes)
     parts = {name.split("/")[0] + "/" + name.split("/")[1].split(".")[0] for name in checkpoint.read_checksums(tmp_path / "run")}
     assert ("train/value" in parts) == ("value_head" not in changes)

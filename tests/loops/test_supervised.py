@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from hhjax import cli
 from hhjax.data.comparisons import ComparisonData
 from hhjax.data.sources import TextData
 from hhjax.fields import ConfigError
@@ -214,6 +215,20 @@ def test_a_pm_starts_from_a_hugging_face_folder(tiny_data, hugging_face_folder, 
     train(replace(stage, optim=OptimConfig()), tmp_path / "moving", tiny_data)
     first, second = losses(tmp_path / "moving")
     assert abs(first - np.log(2)) < 1e-6 and second != first
+
+
+def test_an_exported_model_is_the_same_model(pipeline, tmp_path):
+    with pytest.raises(SystemExit) as end:
+        cli.main(["export", str(pipeline["lm"]), str(tmp_path / "out")])
+    assert end.value.code == 0
+    mesh, tokens = make_mesh(), np.arange(24).reshape(8, 3)
+    (ours, params, tok), (theirs, exported, again) = (supervised.load_model(folder, None, mesh) for folder in (pipeline["lm"], tmp_path / "out"))
+    logits = (model.logits(p, model.apply(p, tokens)[0]) for model, p in ((ours, params), (theirs, exported)))
+    np.testing.assert_allclose(*logits, atol=1e-5)
+    assert again.encode("the cat sat") == tok.encode("the cat sat") and again.vocabulary == tok.vocabulary
+    with pytest.raises(SystemExit) as end:
+        cli.main(["export", str(pipeline["lm"]), str(tmp_path / "out")])
+    assert end.value.code == 2
 
 
 def test_held_out_rows_count_once_each(tiny_data, tiny_tokenizer, tmp_path):
