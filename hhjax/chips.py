@@ -100,7 +100,10 @@ class Topology:
 
 def parse_topology(text: str) -> Topology:
     """`v5p:4x4x4`, `v5p-128` (two cores a chip: 64 chips) or `h200:8`. Raises ConfigError on what is none, naming the nearest."""
-    kind, mark, size = re.fullmatch(r"(\w+)([:-]?)(.*)", text.strip().lower()).groups() if text.strip() else ("", "", "")
+    if not text.strip():
+        raise ConfigError("no topology: give --topology, such as v5p:4x4x4, v6e:16x16, v5p-128 or h200:8")
+    found = re.fullmatch(r"(\w+)([:-]?)(.*)", text.strip().lower())
+    kind, mark, size = found.groups() if found else (text, "", "")
     kind = ALIASES.get(kind, kind)
     if kind not in CHIPS:
         raise ConfigError(f"topology {text!r}: unknown chip {kind!r}{nearest(kind, CHIPS)}; such as v5p:4x4x4, v6e:16x16, v5p-128, h200:8")

@@ -120,7 +120,7 @@ def show(argv: Sequence[str]) -> int:
 
 def show_run(folder: Path, args: Show) -> int:
     if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"{args.run} is no run directory: it holds no config.json; `hhjax ls` lists them")
+        raise FileNotFoundError(f"{args.run} is no run directory: it holds no config.json; `hhjax ls` lists them, and steps are not shown apart")
     config, state = json.loads((folder / "config.json").read_text()), read_state(folder)
     print(f"{config['kind']} {config['name']!r} of {config['experiment']} ({config['run']}): {state.state}")
     print(f"{args.run}, seed {config['seed']}, size {config['size']}, last sign of life {clock(state.age_s)} ago\n")
@@ -155,8 +155,15 @@ def chat(argv: Sequence[str]) -> int:
     sampling = Sampling(args.max_new_tokens, args.temperature, top_p=args.top_p)
     address, step = split_step(args.run)
     with reading_copy(address) as folder:
+        require_folder(folder, args.run)
         talk(str(folder) if step is None else f"{folder}@{step}", sampling, args.seed)
     return 0
+
+
+def require_folder(folder: Path, asked: str) -> None:
+    """Raises FileNotFoundError where a model is asked for that is no folder."""
+    if not folder.is_dir():
+        raise FileNotFoundError(f"there is no folder {asked}; `hhjax ls` lists the run directories, and RUN@STEP takes a number")
 
 
 @dataclass(frozen=True)
@@ -183,6 +190,7 @@ def export(argv: Sequence[str]) -> int:
         raise ConfigError(f"{args.to} is there already; name a new folder")
     address, step = split_step(args.run)
     with reading_copy(address) as folder:
+        require_folder(folder, args.run)
         model, params, tokenizer = load_model(folder, step, make_mesh())
     family, config, params = huggingface.fitted(model.config, jax.device_get(params))
     ids = tokenizer.vocabulary
