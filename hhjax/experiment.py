@@ -15,7 +15,7 @@ import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from hhjax.fields import ConfigError, conform, nearest
+from hhjax.fields import ConfigError, config_or_default, conform, hinted_fields, nearest
 from hhjax.identity import canonical, digest
 from hhjax.stages import Stage, is_path, references, split_step
 
@@ -156,9 +156,10 @@ def edit_field(owner, names: list[str], value, path: str, experiment: Experiment
     name, rest = names[0], names[1:]
     if not dataclasses.is_dataclass(owner) or name not in {f.name for f in dataclasses.fields(owner)}:
         raise ConfigError(f"unknown field {path!r}{nearest(path, addresses(experiment))}")
-    new = edit_field(getattr(owner, name), rest, value, path, experiment) if rest else value
+    hint = typing.get_type_hints(type(owner))[name]
+    new = edit_field(config_or_default(getattr(owner, name), hint), rest, value, path, experiment) if rest else value
     if not rest and not isinstance(owner, Stage):
-        new = conform(value, typing.get_type_hints(type(owner))[name], path)
+        new = conform(value, hint, path)
     return replace(owner, **{name: new})
 
 
@@ -166,11 +167,11 @@ def addresses(experiment: Experiment) -> list[str]:
     """Every path that `edit` takes."""
 
     def below(value, prefix):
-        for f in dataclasses.fields(value):
+        for f, hint in hinted_fields(type(value)):
             if (path := f"{prefix}.{f.name}") and f.name != "name":
                 yield path
-                if dataclasses.is_dataclass(getattr(value, f.name)):
-                    yield from below(getattr(value, f.name), path)
+                if dataclasses.is_dataclass(inner := config_or_default(getattr(value, f.name), hint)):
+                    yield from below(inner, path)
 
     return ["seed", *(path for stage in experiment.stages for path in below(stage, stage.name))]
 

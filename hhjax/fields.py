@@ -54,6 +54,13 @@ def conform_any(value, hints, where: str):
     raise ConfigError(f"{where}={value!r} is of type {type(value).__name__}; it must be {expected}")
 
 
+def config_or_default(value, hint):
+    """`value`, or where it is None and the hint is of an optional config (`MeshConfig | None`) that config as it is by default: what fields
+    within it are set on."""
+    configs = [each for each in typing.get_args(hint) if dataclasses.is_dataclass(each)]
+    return configs[0]() if value is None and configs else value
+
+
 def type_name(hint) -> str:
     """As in source: `int`, `tuple[str, ...]`, `None`."""
     plain = "None" if hint is type(None) else getattr(hint, "__name__", str(hint))

@@ -16,7 +16,7 @@ from typing import Annotated, Any, NamedTuple
 import tyro
 
 from hhjax.experiment import Run, as_runs, override
-from hhjax.fields import ConfigError, nearest
+from hhjax.fields import ConfigError, config_or_default, nearest
 
 # A bool of a stage takes a value, as every --STAGE.path does; a top-level bool is a switch.
 VALUED = tyro.conf.FlagConversionOff
@@ -173,7 +173,7 @@ def flags_class(value) -> type:
     """A dataclass with the fields of a stage (or component config) that a command line can set, as they are now."""
     hints, fields = typing.get_type_hints(type(value)), []
     for f in dataclasses.fields(value):
-        current = getattr(value, f.name)
+        current = config_or_default(getattr(value, f.name), hints[f.name])
         if f.name == "name" or callable(current):
             continue
         if dataclasses.is_dataclass(current):

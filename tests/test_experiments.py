@@ -23,6 +23,7 @@ from hhjax.fields import ConfigError
 from hhjax.flags import parse
 from hhjax.model.sizes import SIZES
 from hhjax.placing import place
+from hhjax.sharding import MeshConfig
 from hhjax.types import Rollout
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -130,6 +131,16 @@ def test_the_changed_ppo_losses_are_short_and_say_what_they_are():
     assert value["ppo_losses_unclipped"] == pytest.approx(-1.5)
     assert value["ppo_losses_kl_in_loss"] == pytest.approx(-1.2 + 0.001 * (1 + np.log(1.5)) ** 2 / 2, rel=1e-6)
     assert stages["ppo_losses_kl_in_loss"].kl.beta == 0
+
+
+def test_what_is_left_out_by_default_has_flags_too():
+    """Optional configs, such as PPO's mesh for sampling and the raters of an evaluation: no subcommands, and None unless something is set."""
+    file = str(ROOT / "experiments" / "rlhf_hh.py")
+    plain, _ = parse([file], "hhjax run")
+    command, _ = parse([file, "--ppo.rollout-mesh.tensor", "2"], "hhjax run")
+    assert plain.runs[0].experiment.stage("ppo").rollout_mesh is None
+    assert command.runs[0].experiment.stage("ppo").rollout_mesh == MeshConfig(tensor=2)
+    assert command.runs[0].name == plain.runs[0].name  # how it is executed, not what
 
 
 def test_robustness_scans_both_ways():

@@ -174,7 +174,7 @@ def test_a_flag_that_does_not_exist_names_the_nearest(chain, capsys):
         flags.parse(["chain.py", "--only", "zzz"], "hhjax run")
     with pytest.raises(ConfigError, match="has no stage 'mp'; did you mean 'pm'"):
         launch.run(["chain.py", "--stage", "mp"])
-    with pytest.raises(ConfigError, match="'none.py' is no Python file"):
+    with pytest.raises(ConfigError, match="'none.py' does not exist"):
         flags.parse(["none.py"], "hhjax run")
 
 
