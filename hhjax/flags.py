@@ -106,7 +106,7 @@ def load_file(path: Path) -> types.ModuleType:
     try:
         spec.loader.exec_module(module)
     except ModuleNotFoundError as error:
-        raise ConfigError(f"{path}: {error}; an experiment file imports others from its own folder, {path.parent.absolute()}") from error
+        raise ConfigError(f"{path} imports {error.name!r}, which is neither installed nor in {path.parent.absolute()}") from error
     if not hasattr(module, "RUNS") and not callable(getattr(module, "runs", None)):
         raise ConfigError(f"{path} defines neither RUNS nor a function `runs`; RUNS may be an Experiment or grid(...)")
     return module

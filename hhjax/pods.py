@@ -150,6 +150,7 @@ def estimate(step: Step, topology: Topology, limit_s: float = 1800.0) -> Estimat
     """Compiled for TPUs, in limit_s at most; by formula for GPUs. Raises ConfigError on a mesh or batch that the run would refuse."""
     try:
         sizes = mesh_sizes(step.stage.mesh, topology.devices)
+        mesh_sizes(getattr(step.stage, "rollout_mesh", None) or step.stage.mesh, topology.devices)
     except ValueError as error:
         name = step.stage.name
         raise ConfigError(f"{name}: {error}: --{name}.mesh.data, --{name}.mesh.fsdp, --{name}.mesh.tensor") from None
@@ -213,8 +214,8 @@ def formula(step: Step, topology: Topology, positions: int, work: float) -> Esti
     sizes = mesh_sizes(step.stage.mesh, topology.devices)
     mesh = AbstractMesh(sizes, AXES)
     check_step(step, mesh)
-    held, _ = holdings(step, mesh, mesh, "bfloat16")
-    held.pop("cache", None)
+    decode = AbstractMesh(mesh_sizes(getattr(step.stage, "rollout_mesh", None) or step.stage.mesh, topology.devices), AXES)
+    held, _ = holdings(step, mesh, decode, "bfloat16")
     return Estimate(step.run, step.stage.name, step.phase, dict(mesh.shape), held, topology.chip.memory, work, None, None, (),
                     {"compute": work / (topology.chips * topology.chip.flops)}, positions, 0, "", 0.0)  # fmt: skip
 

@@ -19,11 +19,12 @@ def main() -> None:
     parser.add_argument("index", type=Path, nargs="+")
     parser.add_argument("--only", default="*", help="runs whose names match")
     options = parser.parse_args()
-    arms = {}
-    for index in options.index:
-        for kind, results in alike(load_results(index, options.only)).items():
-            arms.setdefault(kind, {})[index.stem] = results
-    for kind, by_arm in arms.items():
+    found = {id(r): (r, index) for index in options.index for r in load_results(index, options.only)}
+    for kind, results in alike([r for r, _ in found.values()]).items():
+        by_arm = {}
+        for r in results:
+            by_arm.setdefault(found[id(r)][1], []).append(r)
+        by_arm = {index.stem if len({i.stem for i in by_arm}) == len(by_arm) else str(index): rows for index, rows in by_arm.items()}
         (first, ours), *others = by_arm.items()
         for arm, results in by_arm.items():
             print(f"{arm}, {kind}: {len(results)} evaluations")

@@ -1,13 +1,18 @@
 """A changed loss is another stage: whatever of its folder it uses counts, in whichever way it is reached."""
 
+import dataclasses
 import importlib
+import os
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from hhjax.fields import ConfigError
 from hhjax.identity import canonical, digest
 
+ROOT = Path(__file__).resolve().parent.parent
 HELPERS = "def scale(x):\n    return x * 2\n"
 LOSS = """
 import functools
@@ -107,6 +112,65 @@ def test_closures_tell_one_function_of_a_library_from_another():
         return loss
 
     assert digest(canonical(make(kl_k2))) == digest(canonical(make(kl_k2))) != digest(canonical(make(kl_k3)))
+
+
+def test_a_closure_of_a_library_counts_with_what_it_holds():
+    import optax
+
+    def make(rate):
+        schedule = optax.cosine_decay_schedule(rate, 100)
+
+        def loss(step):
+            return schedule(step)
+
+        return loss
+
+    assert digest(canonical(make(1e-3))) == digest(canonical(make(1e-3))) != digest(canonical(make(9e-3)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Scaled:
+    factor: float
+
+    def loss(self, x):
+        return self.factor * x
+
+
+def test_a_method_counts_with_its_object_and_a_mere_object_is_refused():
+    assert digest(canonical(Scaled(1.0).loss)) == digest(canonical(Scaled(1.0).loss)) != digest(canonical(Scaled(2.0).loss))
+
+    class Callable:
+        def __call__(self):
+            return 1
+
+    with pytest.raises(ConfigError, match="cannot be part of a stage's identity"):
+        canonical(Callable())
+    with pytest.raises(ConfigError, match="cannot be part of a stage's identity"):
+        canonical({canonical: 1})
+
+
+def test_an_identity_is_the_same_in_every_process(tmp_path):
+    """Helpers of one name, and whatever order Python's sets have in a process."""
+    (tmp_path / "twins.py").write_text("""
+def scaled(k):
+    def f(x):
+        return k * x
+    return f
+
+double, triple = scaled(2), scaled(3)
+half = lambda x: x / 2
+tenth = lambda x: x / 10
+
+def objective(x):
+    return double(x) + triple(x) + half(x) + tenth(x)
+""")
+    code = "import twins; from hhjax.identity import canonical, digest; print(digest(canonical(twins.objective)))"
+    run = lambda seed, code: subprocess.run(  # noqa: E731
+        [sys.executable, "-c", code], env=os.environ | {"PYTHONHASHSEED": str(seed), "PYTHONPATH": f"{ROOT}:{tmp_path}"},
+        capture_output=True, text=True, check=True).stdout  # fmt: skip
+    assert len({run(seed, code) for seed in range(5)}) == 1
+    swapped = code.replace("import twins;", "import twins; twins.double, twins.triple = twins.triple, twins.double;")
+    assert run(0, swapped) != run(0, code)
 
 
 def test_of_two_lambdas_on_a_line_neither_is_taken():

@@ -98,14 +98,12 @@ def restore(run_dir: Path, like, shardings, on_damaged: Callable[[int, str], Non
     folder, passed = checkpoints_dir(run_dir), sys.maxsize
     # Process 0 says which step is next: a shared file system may show the newest to some processes later than to others.
     while (step := agreed(max((s for s in steps_on_disk(folder) if s < passed), default=-1))) >= 0:
-        passed, found, reason = step, None, f"step {step}: no manifest that every process sees: an unfinished save"
+        passed, reason = step, f"step {step}: no manifest that every process sees: an unfinished save"
         if is_good(folder, step):
             try:
-                found, reason = restore_step(folder, step, like, shardings), f"step {step}: another process cannot read it"
+                return restore_step(folder, step, like, shardings)
             except DamagedCheckpoint as error:
                 reason = str(error)
-        if all_agree(found is not None):
-            return found
         on_damaged(step, reason)
     return None
 
@@ -182,7 +180,8 @@ def checksum(x) -> jax.Array:
 
 
 def read_part(folder: Path, step: int, part: str, leaves: dict, shardings: dict, manifest: dict) -> dict:
-    """Leaf name -> array of one part of a step, checked. Raises DamagedCheckpoint."""
+    """Leaf name -> array of one part of a step, checked. Raises DamagedCheckpoint; of several processes one that cannot read raises RuntimeError,
+    which ends them all."""
     wanted = {name: raw_struct(leaf, shardings[name]) for name, leaf in leaves.items()}
     try:
         with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
@@ -190,6 +189,9 @@ def read_part(folder: Path, step: int, part: str, leaves: dict, shardings: dict,
             values = reader.restore(folder / str(step), args=args)[part]
     except Exception as error:  # whatever a damaged file makes the reader raise
         reason = f"{type(error).__name__}: {str(error):.200}"  # the rest is the reader's whole configuration
+        if jax.process_count() > 1:  # the others may have read theirs, and wait: no older step can be agreed upon
+            raise RuntimeError(f"{folder / str(step)}: {part} is unreadable on process {jax.process_index()}: {reason}; if it stays so, move "
+                               f"that step away and start again") from error  # fmt: skip
         raise DamagedCheckpoint(f"step {step}: {part} is unreadable: {reason}") from error
     sums = np.asarray(checksums([values[name] for name in leaves]))
     for name, value in zip(leaves, sums.tolist(), strict=True):

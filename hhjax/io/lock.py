@@ -21,15 +21,15 @@ class Held(Exception):
 @contextlib.contextmanager
 def hold_lock(folder: Path) -> Iterator[None]:
     """Holds folder/LOCK, with a heartbeat, while the block runs. Raises Held while another live process holds it."""
-    path = folder / "LOCK"
-    while not take_lock(path):
+    path, mine = folder / "LOCK", claim()
+    while not take_lock(path, mine):
         if is_alive(path):
             raise Held(f"{path} is held by {read_lock(path)}")
     try:
-        with beating(lambda: renew(path)):
+        with beating(heart(path, mine)):
             yield
     finally:
-        if is_ours(read_lock(path)):
+        if text_of(path) == mine:
             path.unlink(missing_ok=True)
 
 
@@ -38,19 +38,28 @@ def claim() -> str:
     return json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "started": start_of(os.getpid()), "since": time.time()})
 
 
-def renew(path: Path) -> None:
-    """A heartbeat. Ends this process where its lock has become another's: it was suspended for longer than STALE_S, and two would write."""
-    if (holder := read_lock(path)) and not is_ours(holder):
-        print(f"{path} was taken over by {holder}: this process ends, and may be started anew", file=sys.stderr, flush=True)
-        os._exit(1)
-    os.utime(path)
+def heart(path: Path, mine: str) -> Callable[[], None]:
+    """beat(), which ends this process where its lock has become another's, or is gone twice running: it was suspended for longer than
+    STALE_S, and two would write, or it would write where another has finished."""
+    missing = 0
+
+    def beat():
+        nonlocal missing
+        held = text_of(path)
+        missing = 0 if held else missing + 1
+        if (held and held != mine) or missing > 1:
+            print(f"{path} was taken over by {held or 'one that has finished'}: this process ends, and may be started anew", file=sys.stderr, flush=True)
+            os._exit(1)
+        os.utime(path)
+
+    return beat
 
 
-def take_lock(path: Path) -> bool:
-    """True when the lock is now this process's: it was free, or its holder is gone."""
+def take_lock(path: Path, mine: str) -> bool:
+    """True when the lock is now `mine`: it was free, or its holder is gone."""
     try:
         with path.open("x") as f:
-            f.write(claim())
+            f.write(mine)
         return True
     except FileExistsError:
         pass
@@ -82,17 +91,25 @@ def is_alive(path: Path) -> bool:
     if holder["host"] == socket.gethostname():
         if not pid_runs(holder["pid"]):
             return False
-        if started := holder.get("started"):
-            return started == start_of(holder["pid"])
+        if (started := holder.get("started")) and (now := start_of(holder["pid"])):  # another user's may not be told
+            return started == now
     return age_s < STALE_S
 
 
 def read_lock(path: Path) -> dict:
     """The holder {"host", "pid", "started", "since"}; {} where there is none, or none that can be read."""
     try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError):
+        return json.loads(text_of(path))
+    except ValueError:
         return {}
+
+
+def text_of(path: Path) -> str:
+    """What a LOCK says; "" where there is none."""
+    try:
+        return path.read_text()
+    except OSError:
+        return ""
 
 
 def is_ours(holder: dict) -> bool:

@@ -39,16 +39,18 @@ def run(stage: Evaluate, ctx: StageContext) -> None:
     test, _ = inputs.comparisons(stage.data, "test", ctx.data_dir, ctx.parents)
     folders = {ref: Path(folder) for ref, folder in parent["parents"].items()}
     train, _ = inputs.comparisons(training_data(parent), "train", ctx.data_dir, folders)
-    test = unseen(train, test, stage.data.overlap)
+    fresh = unseen(train, test, stage.data.overlap)
+    left_out, test = len(test) - len(fresh), fresh
     batch_size = -(-stage.batch_size // batch_ways(mesh)) * batch_ways(mesh)
     found = score_comparisons(model, params, tokenizer, test, parent["config"]["seq_len"], batch_size, mesh, ctx.stop_if_told)
-    text = on_first(ctx, lambda: summarise(stage, ctx, found, train, test, matmul_params(model.config)))
+    text = on_first(ctx, lambda: summarise(stage, ctx, found, train, test, matmul_params(model.config), left_out))
     if jax.process_index() == 0:
         print(text)
 
 
-def summarise(stage: Evaluate, ctx: StageContext, found: np.ndarray, train, test, parameters: int) -> str:
-    """Writes the files of the scores `found` of the test side, baselines beside them; returns the table."""
+def summarise(stage: Evaluate, ctx: StageContext, found: np.ndarray, train, test, parameters: int, left_out: int) -> str:
+    """Writes the files of the scores `found` of the test side, baselines beside them, and of how many pairs are left out because their
+    openings were trained on; returns the table."""
     folder, parent = ctx.parent(stage.of)[0], ctx.parent_stages[stage.of]
     scores = Scores(
         source=np.array([row.source for row in test]),
@@ -70,8 +72,10 @@ def summarise(stage: Evaluate, ctx: StageContext, found: np.ndarray, train, test
         "parameters": parameters,
         "comparisons": trained,
         "shares": {source: round(count / len(train), 4) for source, count in saw.items()},
+        "left_out": left_out,
     } | bayes
-    return write_summary(ctx.dir / "evals", scores, about)
+    seen = f"\n{left_out} of {left_out + len(test)} test pairs left out: the model was trained on their opening prompts" if left_out else ""
+    return write_summary(ctx.dir / "evals", scores, about) + seen
 
 
 def training_data(parent: dict) -> ComparisonData:
@@ -92,6 +96,4 @@ def unseen(train, test, overlap: str) -> list:
     if leaked and (overlap == "error" or not fresh):
         raise DataError(f"the model was trained on the opening prompts of {leaked} of {len(test)} test pairs: give this stage the data, "
                         f"and the fold, of the model, or set data.overlap to 'drop' to leave out a part")  # fmt: skip
-    if leaked and jax.process_index() == 0:
-        print(f"{leaked} of {len(test)} test pairs left out: the model was trained on their opening prompts")
     return fresh

@@ -59,11 +59,22 @@ def test_a_suspended_process_of_this_host_keeps_it_and_one_of_its_number_does_no
     assert not lock.is_alive(path)
 
 
-def test_a_process_whose_lock_was_taken_over_ends(tmp_path):
+@pytest.mark.parametrize("lost, said", [("path.write_text(json.dumps({'host': 'elsewhere', 'pid': 1, 'since': 0}))", "elsewhere"),
+                                        ("path.unlink()", "one that has finished")])  # fmt: skip
+def test_a_process_whose_lock_was_taken_over_ends(tmp_path, lost, said):
     code = "import json, sys, time\nfrom pathlib import Path\nfrom hhjax.io import lock\nlock.BEAT_S = 0.05\nwith lock.hold_lock(Path(sys.argv[1])):\n" \
-           "    (Path(sys.argv[1]) / 'LOCK').write_text(json.dumps({'host': 'elsewhere', 'pid': 1, 'since': 0}))\n    time.sleep(20)\n"  # fmt: skip
+           f"    path = Path(sys.argv[1]) / 'LOCK'\n    {lost}\n    time.sleep(20)\n"  # fmt: skip
     done = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True, timeout=60)
-    assert done.returncode == 1 and "was taken over by {'host': 'elsewhere'" in done.stderr
+    assert done.returncode == 1 and "was taken over by" in done.stderr and said in done.stderr
+
+
+def test_a_host_may_change_its_name(tmp_path, monkeypatch):
+    """As a laptop that wakes in another network: the lock is still its own."""
+    monkeypatch.setattr(lock, "BEAT_S", 0.02)
+    with lock.hold_lock(tmp_path):
+        monkeypatch.setattr(socket, "gethostname", lambda: "another")
+        time.sleep(0.2)
+    assert not (tmp_path / "LOCK").exists()
 
 
 def test_a_live_holder_keeps_it(tmp_path):

@@ -60,7 +60,7 @@ def test_an_evaluation_scores_every_test_pair_and_says_of_what(judged, tiny_data
     pm = only_folder(judged[0] / "runs" / "pm")
     assert summary["about"] == {
         "pm": str(pm.relative_to(judged[0])), "size": "0.1M", "seed": 0, "comparisons": 120, "shares": {"pairs.jsonl": 1.0},
-        "parameters": matmul_params(model_config("0.1M", 320)),
+        "parameters": matmul_params(model_config("0.1M", 320)), "left_out": 0,
     }  # fmt: skip
     # The periodic evaluation of training, on the same pairs, counts the same.
     held_out = [row["eval/accuracy"] for row in read_rows(pm / "metrics.jsonl") if "eval/accuracy" in row][-1]
