@@ -29,7 +29,7 @@ allocation 6: size 2048, page 0, preallocated-temp:
 
 def test_without_libtpu_the_remedy_is_told(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"pip install 'hhjax\[plan\]'"):
+    with pytest.raises(ConfigError, match=r"pip install -e '\.\[plan\]'"):
         aot.compile_for_tpu(resharded)
 
 
