@@ -192,7 +192,7 @@ def test_both_arms_of_the_online_loop_have_as_many_comparisons_and_the_same_prom
 def test_the_tax_on_public_exams_goes_from_data_to_figures(hh_data, hhjax, tmp_path):
     """The policies are those that tension_hh.py makes: their behaviours are drawn by the clinic's script."""
     process = hhjax("run", ROOT / "experiments" / "tax_hh.py", "--fast", "--data-dir", hh_data, "--tok.vocab", 320, env={"HHJAX_DATA": ""})
-    output, _ = process.communicate(timeout=900)
+    output, _ = process.communicate(timeout=1800)
     assert process.returncode == 0, output
     for script, expected in (("plot_tax", "lambada, 0.4M after, 2 shots"), ("plot_behaviour", "ppo_small: helpful-base")):
         command = [sys.executable, ROOT / "scripts" / f"{script}.py", tmp_path / "runs" / "experiments" / "tax_hh.json"]
@@ -208,7 +208,7 @@ def test_ppo_and_rejection_sampling_go_from_data_to_figure(hh_data, hhjax, tmp_p
     planned, _ = process.communicate(timeout=120)
     assert process.returncode == 0 and "4 iterations of 1 updates" in planned, planned
     process = hhjax(*args)
-    output, _ = process.communicate(timeout=600)
+    output, _ = process.communicate(timeout=1200)
     assert process.returncode == 0, output
     [ppo] = (tmp_path / "runs" / "ppo").glob("*")
     process = hhjax("show", ppo, "--samples")
@@ -226,7 +226,7 @@ def clinic(tmp_path_factory, start_hhjax):
     """(a folder in which the quickstart has run, what it printed): its world and language model are the clinic's other experiments' too."""
     folder = tmp_path_factory.mktemp("clinic")
     process = start_hhjax(folder, "run", ROOT / "experiments" / "quickstart.py", "--fast", "--jobs", 2, env={"HHJAX_DATA": ""})
-    output, _ = process.communicate(timeout=900)
+    output, _ = process.communicate(timeout=1800)
     assert process.returncode == 0, output
     return folder, output
 
@@ -236,7 +236,7 @@ def test_the_online_loop_goes_to_ratings(clinic, start_hhjax):
     folder, _ = clinic
     args = ("run", ROOT / "experiments" / "clinic_online.py", "--fast", "--seeds", 1, "--jobs", 2)
     process = start_hhjax(folder, *args, env={"HHJAX_DATA": ""})
-    output, _ = process.communicate(timeout=900)
+    output, _ = process.communicate(timeout=1800)
     assert process.returncode == 0, output
     script = [sys.executable, ROOT / "scripts" / "plot_elo.py", folder / "runs" / "experiments" / "clinic_online.json"]
     drawn = subprocess.run(script, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
@@ -275,7 +275,7 @@ def test_the_quickstart_goes_from_nothing_to_a_report(clinic, tmp_path):
 @pytest.mark.slow
 def test_the_human_comparisons_go_from_data_to_report(hh_data, hhjax, tmp_path):
     process = hhjax("run", ROOT / "experiments" / "pm_hh.py", "--fast", "--data-dir", hh_data, "--tok.vocab", 320)
-    output, _ = process.communicate(timeout=600)
+    output, _ = process.communicate(timeout=1200)
     assert process.returncode == 0, output
     (report,) = (tmp_path / "runs" / "report").glob("*/report.txt")
     assert report.read_text().strip() in output
