@@ -11,7 +11,7 @@ from hhjax import aot
 from hhjax.fields import ConfigError
 from hhjax.sharding import MeshConfig, make_mesh
 
-needs_libtpu = pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="libtpu is not installed: pip install 'hhjax[plan]'")
+needs_libtpu = pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="libtpu is not installed: pip install -e '.[plan]'")
 
 
 def test_buffers_in_hbm_are_added_up():

@@ -23,7 +23,7 @@ from hhjax.sharding import AXES, MeshConfig, mesh_sizes
 
 POD = Path(__file__).resolve().parent.parent / "experiments" / "pods.py"
 TPU = (Path(__file__).parent / "golden" / "tpu_step.hlo").read_text()
-needs_libtpu = pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="libtpu is not installed: pip install 'hhjax[plan]'")
+needs_libtpu = pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="libtpu is not installed: pip install -e '.[plan]'")
 
 
 def command(*flags):
