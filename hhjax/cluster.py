@@ -7,6 +7,8 @@ from collections.abc import Callable
 
 from hhjax.fields import ConfigError
 
+NEVER_S = 10**9  # a process alone that was stopped (Ctrl-Z, a scheduler) misses only its own heartbeats, and must not end for it
+
 
 def join_cluster(heartbeat_timeout_s: int) -> Callable[[], bool]:
     """Joins the cluster that the environment describes, or one of this process alone, and returns should_stop.
@@ -26,7 +28,7 @@ def join_cluster(heartbeat_timeout_s: int) -> Callable[[], bool]:
         elif is_on_cluster():
             jax.distributed.initialize(**beat)
         else:
-            jax.distributed.initialize(f"127.0.0.1:{free_port()}", 1, 0, **beat)
+            jax.distributed.initialize(f"127.0.0.1:{free_port()}", 1, 0, heartbeat_timeout_seconds=NEVER_S)
     except RuntimeError as error:
         if "before any JAX calls" not in " ".join(str(error).split()):
             raise

@@ -1,5 +1,10 @@
 """Who is one of several processes, by the environment."""
 
+import signal
+import subprocess
+import sys
+import time
+
 import pytest
 
 from hhjax import cluster
@@ -29,3 +34,18 @@ def test_the_poll_remembers_that_it_was_told_to_stop(monkeypatch):
     should_stop = cluster.make_should_stop()
     assert [should_stop() for _ in range(5)] == [False, False, True, True, True]
     assert ticks == [1, 2, 3]
+
+
+@pytest.mark.slow
+def test_a_process_alone_outlives_being_stopped():
+    """Ctrl-Z, or a scheduler's SIGSTOP, for longer than a lost peer is waited for; SIGTERM is still heard after it."""
+    code = "import time; from hhjax.cluster import join_cluster; stop = join_cluster(2); print('joined', flush=True)\nwhile not stop(): time.sleep(0.1)"
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "joined\n"
+        for _ in range(3):  # with a heartbeat to miss, each ends it about every other time
+            process.send_signal(signal.SIGSTOP)
+            time.sleep(6)
+            process.send_signal(signal.SIGCONT)
+            time.sleep(1)
+        process.terminate()
+        assert process.wait(30) == 0
