@@ -1,6 +1,7 @@
 """`hhjax bench`: what this machine can do, the denominator of every share a run prints, and how fast the steps are on it."""
 
 import contextlib
+import itertools
 import json
 import math
 import os
@@ -185,20 +186,22 @@ def time_step(cfg: Bench, model, loss, batches: Iterator, flops: Callable) -> di
     optimizer = make_optimizer(OptimConfig(lr=1e-6), cfg.warmup + cfg.repeats)
     step = jax.jit(make_train_step(loss, optimizer), donate_argnums=0)
     state = jax.jit(lambda key: init_state(model.init(key), optimizer, key))(jax.random.key(0))
-    programs, compile_s, timed, work, ceilings = {}, 0.0, [], [], [cfg.ceiling()]
-    with tracing(cfg.profile):
-        for i, batch in zip(range(cfg.warmup + cfg.repeats), batches):
-            shape = jax.tree.leaves(batch)[0].shape
-            if shape not in programs:
-                began = time.perf_counter()
-                programs[shape] = step.lower(state, batch).compile()
-                compile_s += time.perf_counter() - began
-            began = time.perf_counter()
-            state, metrics = programs[shape](state, batch)
-            jax.block_until_ready((state, metrics))
-            if i >= cfg.warmup:
-                timed.append(time.perf_counter() - began)
-                work.append(flops(batch))
+    batches = list(itertools.islice(batches, cfg.warmup + cfg.repeats))
+    programs, ceilings = {}, [cfg.ceiling()]
+    shape_of = lambda batch: jax.tree.leaves(batch)[0].shape  # noqa: E731
+    began = time.perf_counter()
+    for batch in batches:
+        if shape_of(batch) not in programs:
+            programs[shape_of(batch)] = step.lower(state, batch).compile()
+    compile_s = time.perf_counter() - began
+
+    def train(i: int):
+        nonlocal state
+        state, metrics = programs[shape_of(batches[i])](state, batches[i])
+        return state, metrics
+
+    timed = time_calls(train, cfg)
+    work = [flops(batch) for batch in batches[cfg.warmup :]]
     ceilings.append(cfg.ceiling())
     peak = device_peak(jax.devices()[0].device_kind)
     vendor = {"share_of_vendor": round(sum(work) / sum(timed) / peak, 3)} if peak else {}
@@ -232,8 +235,7 @@ def sampling(cfg: GenerateBench) -> dict:
             drawn.append(compiled(params, jax.random.key(i)))
             return drawn[-1]
 
-        with tracing(cfg.profile):
-            timed = time_calls(call, cfg)
+        timed = time_calls(call, cfg)
         return timed, *np.array(jax.device_get(drawn[cfg.warmup :]), float).T, compile_s
 
     whole, new, steps, compile_s = measure(cfg.response)
@@ -271,26 +273,32 @@ def score(cfg: Bench) -> dict:
     began = time.perf_counter()
     compiled = jax.jit(lambda params, rows: end_scores(model, params, rows)).lower(params, rows).compile()
     compile_s = time.perf_counter() - began
-    with tracing(cfg.profile):
-        timed = time_calls(lambda i: compiled(params, rows), cfg)
+    timed = time_calls(lambda i: compiled(params, rows), cfg)
     work = forward_flops(model.config, cfg.batch, width)
     return {"median_s": round(median(timed), 6), "best_s": round(min(timed), 6), "rows_per_s": round(cfg.batch / median(timed), 1),
             "share_of_ceiling": round(work / median(timed) / cfg.ceiling(), 3), "compile_s": round(compile_s, 2)} | about(cfg)  # fmt: skip
 
 
 def time_calls(call: Callable, cfg: Bench) -> list[float]:
-    """Seconds of call(i), each waited for, after the warm-up."""
-    timed = []
-    for i in range(cfg.warmup + cfg.repeats):
+    """Seconds of call(i), each waited for, after the warm-up, and a trace of them."""
+
+    def seconds(i: int) -> float:
         began = time.perf_counter()
         jax.block_until_ready(call(i))
-        timed.append(time.perf_counter() - began)
-    return timed[cfg.warmup :]
+        return time.perf_counter() - began
+
+    for i in range(cfg.warmup):
+        seconds(i)
+    with tracing(cfg.profile):
+        return [seconds(i) for i in range(cfg.warmup, cfg.warmup + cfg.repeats)]
 
 
 def tracing(folder: str):
-    """A trace of what happens inside, for TensorBoard or Perfetto; nothing where no folder is named."""
-    return jax.profiler.trace(folder) if folder else contextlib.nullcontext()
+    """A trace of what happens inside, for TensorBoard or Perfetto; nothing where no folder is named. Without Python's own calls, which
+    fill a trace before the device's operations are in it."""
+    options = jax.profiler.ProfileOptions()
+    options.python_tracer_level = 0
+    return jax.profiler.trace(folder, profiler_options=options) if folder else contextlib.nullcontext()
 
 
 def about(cfg: Bench) -> dict:
@@ -321,16 +329,19 @@ def ppo(cfg: PPOBench) -> dict:
     phases = make_phases(stage, models, vocab, mesh, mesh, shardings)
     offsets = {"reward": 0.0, "value": 0.0, "tests": {}}
     rng, readings = np.random.default_rng(0), []
-    for i in range(cfg.warmup + cfg.repeats):
-        length = prompt_lengths(cfg, rng)
-        ids = rng.integers(2, cfg.vocab, (cfg.batch, cfg.prompt), np.int32)
-        rows = Tokens(np.where(np.arange(cfg.prompt) < length[:, None], ids, 0), length, length)
-        prompts = put_batch((rows, np.arange(cfg.batch, dtype=np.int32)), mesh)
-        seconds, start = Seconds(), time.perf_counter()
-        state, replied, (scored, learnt), *_ = advance(phases, state, frozen, prompts, jax.random.key(i), rng, offsets, 0.05, seconds)
-        readings.append({"iteration": time.perf_counter() - start} | vars(seconds))
-        if i == 0:
-            first = time.perf_counter() - began
+    with contextlib.ExitStack() as traced:
+        for i in range(cfg.warmup + cfg.repeats):
+            if i == cfg.warmup:
+                traced.enter_context(tracing(cfg.profile))
+            length = prompt_lengths(cfg, rng)
+            ids = rng.integers(2, cfg.vocab, (cfg.batch, cfg.prompt), np.int32)
+            rows = Tokens(np.where(np.arange(cfg.prompt) < length[:, None], ids, 0), length, length)
+            prompts = put_batch((rows, np.arange(cfg.batch, dtype=np.int32)), mesh)
+            seconds, at = Seconds(), time.perf_counter()
+            state, replied, (scored, learnt), *_ = advance(phases, state, frozen, prompts, jax.random.key(i), rng, offsets, 0.05, seconds)
+            readings.append({"iteration": time.perf_counter() - at} | vars(seconds))
+            if i == 0:
+                first = time.perf_counter() - began
     assert (replied.length - replied.prompt_len == cfg.response).all()
     timed = readings[cfg.warmup :]
     whole = [r["iteration"] for r in timed]

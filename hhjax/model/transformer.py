@@ -147,7 +147,8 @@ def make_model(cfg: ModelConfig, mesh=None, run: RunConfig = RunConfig()) -> Mod
         key_positions = positions if cache is None else jnp.arange(cache.keys[0].shape[2])[None]
         causal = key_positions[:, None, :] <= positions[:, :, None]
         visible = causal if mask is None else mask if mask.ndim == 3 else causal & mask[:, None, :]
-        where = Where(positions, *rotation(cfg, positions), jnp.where(visible, 0.0, -1e30))
+        known = lambda: (*rotation(cfg, positions), jnp.where(visible, 0.0, -1e30))  # noqa: E731
+        where = Where(positions, *(once(known, params["final_norm_scale"][0]) if barrier else known()))
         x = pin(gather(params["embed"], axes["embed"])[tokens].astype(dtype))
 
         if cache is None:
@@ -180,11 +181,11 @@ def make_model(cfg: ModelConfig, mesh=None, run: RunConfig = RunConfig()) -> Mod
 
     def logits(params, hidden):
         """[..., D] -> [..., V] f32."""
-        if cfg.tied_embeddings:
-            table = gather(params["embed"], axes["embed"])
-            return jnp.einsum("...d,vd->...v", hidden.astype(dtype), table, preferred_element_type=jnp.float32)
-        table = gather(params["unembed"], axes["unembed"])
-        return jnp.einsum("...d,dv->...v", hidden.astype(dtype), table, preferred_element_type=jnp.float32)
+        name = "embed" if cfg.tied_embeddings else "unembed"
+        table = gather(params[name], axes[name])
+        table = table.T if cfg.tied_embeddings else table  # [D, V]
+        hidden = hidden.astype(dtype)
+        return product(hidden, table) if barrier and dtype == jnp.float32 else jnp.matmul(hidden, table, preferred_element_type=jnp.float32)
 
     def score(params, hidden):
         """[..., D] -> [...] f32: the scalar head of preference and value models."""
@@ -223,6 +224,9 @@ class Block(nn.Module):
         init = nn.initializers.constant(value)
         return self.param(name, nn.with_partitioning(init, axes), shape, jnp.float32)
 
+    def dense(self, x, w):
+        return product(x, w) if self.barrier else x @ w
+
     def norm(self, name, x):
         cfg = self.cfg
         scale = self.vector(f"{name}_scale", (cfg.width,), (None,), 1.0)
@@ -236,8 +240,8 @@ class Block(nn.Module):
     def project(self, name, x, heads, axis):
         """[B, T, D] -> [B, T, heads, head_dim]."""
         cfg = self.cfg
-        y = jnp.einsum("btd,dhk->bthk", x, self.weight(name, (cfg.width, heads, cfg.head_dim),
-                                                       ("embed", axis, "head_dim"), cfg.width))  # fmt: skip
+        w = self.weight(name, (cfg.width, heads, cfg.head_dim), ("embed", axis, "head_dim"), cfg.width)
+        y = self.dense(x, w.reshape(cfg.width, -1)).reshape(*x.shape[:2], heads, cfg.head_dim)
         if cfg.qkv_bias:
             y = y + self.vector(f"{name}_bias", (heads, cfg.head_dim), (axis, "head_dim")).astype(self.dtype)
         return y
@@ -257,24 +261,23 @@ class Block(nn.Module):
         y = attend(q, k, v, where.bias)
         out = self.weight("o", (cfg.heads, cfg.head_dim, cfg.width), ("heads", "head_dim", "embed"),
                           cfg.heads * cfg.head_dim, (2 * cfg.layers) ** -0.5)  # fmt: skip
-        y = jnp.einsum("bthk,hkd->btd", y, out)
+        y = self.dense(y.reshape(*y.shape[:2], -1), out.reshape(-1, cfg.width))
         if cfg.out_bias:
             y = y + self.vector("o_bias", (cfg.width,), (None,)).astype(self.dtype)
         return y, (None if kv is None else (k, v))
 
     def mlp(self, x):
         cfg = self.cfg
-        dense = product if self.barrier else jnp.matmul
-        h = dense(x, self.weight("up", (cfg.width, cfg.mlp_width), ("embed", "mlp"), cfg.width))
+        h = self.dense(x, self.weight("up", (cfg.width, cfg.mlp_width), ("embed", "mlp"), cfg.width))
         if cfg.mlp_bias:
             h = h + self.vector("up_bias", (cfg.mlp_width,), ("mlp",)).astype(self.dtype)
         activation = ACTIVATIONS[cfg.activation]
         if cfg.gated_mlp:
-            h = h * activation(dense(x, self.weight("gate", (cfg.width, cfg.mlp_width), ("embed", "mlp"), cfg.width)))
+            h = h * activation(self.dense(x, self.weight("gate", (cfg.width, cfg.mlp_width), ("embed", "mlp"), cfg.width)))
         else:
             h = activation(h)
         down = self.weight("down", (cfg.mlp_width, cfg.width), ("mlp", "embed"), cfg.mlp_width, (2 * cfg.layers) ** -0.5)
-        y = dense(h, down)
+        y = self.dense(h, down)
         if cfg.mlp_bias:
             y = y + self.vector("down_bias", (cfg.width,), (None,)).astype(self.dtype)
         return y
@@ -348,6 +351,12 @@ def rms_norm(x, scale, eps):
     return (y * scale).astype(x.dtype)
 
 
+def once(compute, number):
+    """compute(), as values of their own: in a branch that XLA cannot foresee, for its CPU compiler puts sine and cosine into every
+    fusion that reads them, so that each head of each layer computes them anew. number: any scalar of the program's arguments."""
+    return jax.lax.cond(number > -jnp.inf, compute, lambda: jax.tree.map(jnp.zeros_like, jax.eval_shape(compute)))
+
+
 def rotation(cfg: ModelConfig, positions):
     """Angles of rotary embedding (Su et al. 2021) for positions [B, T]: sin and cos, [B, T, 1, rotated / 2] f32."""
     dims = int(cfg.head_dim * cfg.rotary_fraction) // 2 * 2
@@ -356,11 +365,16 @@ def rotation(cfg: ModelConfig, positions):
     return jnp.sin(angle), jnp.cos(angle)
 
 
+@jax.custom_vjp
 def rotate(x, sin, cos):
-    """The first 2 x sin.shape[-1] channels of each head turned, halves layout. x: [B, T, H, d]."""
+    """The first 2 x sin.shape[-1] channels of each head turned, halves layout; its gradient is turned back, where jax's own would be
+    a sum of padded halves. x: [B, T, H, d]; angles are constants."""
     half = sin.shape[-1]
     a, b, kept = (x[..., i].astype(jnp.float32) for i in (np.s_[:half], np.s_[half : 2 * half], np.s_[2 * half :]))
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin, kept], -1).astype(x.dtype)
+
+
+rotate.defvjp(lambda x, sin, cos: (rotate(x, sin, cos), (sin, cos)), lambda angles, g: (rotate(g, -angles[0], angles[1]), None, None))
 
 
 def attend(q, k, v, bias):
@@ -397,7 +411,7 @@ def _product_backward(kept, g):
     if x.shape[-1] <= g.shape[-1]:
         dw = jax.lax.optimization_barrier(rows.T) @ g_rows
     else:
-        dw = (jax.lax.optimization_barrier(g_rows.T) @ rows).T
+        dw = jax.lax.optimization_barrier(jax.lax.optimization_barrier(g_rows.T) @ rows).T
     return g @ w.T, dw
 
 

@@ -52,10 +52,17 @@ def chunked_nll(model: Model, params, hidden, targets, mask, chunk: int):
     """Sum over positions of the masked nll and of correct guesses, per row, a chunk of positions at a time.
 
     hidden: [B, T, D]; targets, mask: [B, T], a mask of numbers weighs the positions above 0. Returns (nll [B], correct [B]) f32.
-    Logits are recomputed in the backward pass, so at most [B, chunk, V] of them exist.
+    Logits of several chunks are recomputed in the backward pass, so at most [B, chunk, V] of them exist.
     """
     b, t = targets.shape
     chunk = min(chunk or t, t)
+
+    def of(hidden, targets, mask):
+        found = token_nll(model.logits(params, hidden), targets)
+        return tuple(masked_sum(mask * x, mask > 0, -1) for x in found)
+
+    if chunk == t:
+        return of(hidden, targets, mask)
     pad = -t % chunk
     split = lambda x: jnp.moveaxis(  # noqa: E731
         jnp.pad(x, ((0, 0), (0, pad)) + ((0, 0),) * (x.ndim - 2)).reshape(b, -1, chunk, *x.shape[2:]), 1, 0
@@ -63,9 +70,7 @@ def chunked_nll(model: Model, params, hidden, targets, mask, chunk: int):
 
     @jax.checkpoint
     def one(sums, part):
-        hidden, targets, mask = part
-        found = token_nll(model.logits(params, hidden), targets)
-        return tuple(s + masked_sum(mask * x, mask > 0, -1) for s, x in zip(sums, found)), None
+        return tuple(s + x for s, x in zip(sums, of(*part))), None
 
     zero = jnp.zeros(b, jnp.float32)
     (nll, correct), _ = jax.lax.scan(one, (zero, zero), (split(hidden), split(targets), split(mask)))
