@@ -332,11 +332,11 @@ def table(rows: Sequence[Sequence[str]]) -> str:
 
 
 def metrics_table(rows: list[dict], last: int = 8) -> str:
-    """The last training rows and the last held-out ones, one column a metric."""
+    """The last training rows and the last held-out ones, one line a metric: a PPO run has some sixty."""
     parts = []
     for kept in ([r for r in rows if not is_eval(r)][-last:], [r for r in rows if is_eval(r)][-last:]):
-        names = list(dict.fromkeys(name for row in kept for name in row))
-        parts += [table([names, *([shown(row.get(n)) for n in names] for row in kept)])] if kept else []
+        names = dict.fromkeys(name for row in kept for name in row)
+        parts += [table([[n, *(shown(row.get(n)) for row in kept)] for n in names])] if kept else []
     return "\n\n".join(parts)
 
 

@@ -57,7 +57,7 @@ def test_ls_tells_how_a_run_ended(out, capsys, event, state):
 def test_show_prints_config_metrics_and_samples(out, capsys):
     assert call("show", str(out / "pm" / "1M-s0-aaaaaaaaaa"), "--samples") == 0
     text = capsys.readouterr().out
-    assert "optim.lr  0.001" in text and "0.625" in text and "[text]  Hello" in text and "no metrics" not in text
+    assert "optim.lr  0.001" in text and "\naccuracy  0.7\n" in text and "eval/accuracy  0.625" in text and "[text]  Hello" in text and "no metrics" not in text
     assert call("show", str(out / "tokenizer" / "v320-bbbbbbbbbb")) == 0
     assert capsys.readouterr().out.endswith("\n\nno metrics yet\n\nstart\n")
     assert call("show", str(out)) == 2 and "is no run directory" in capsys.readouterr().err

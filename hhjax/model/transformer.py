@@ -63,7 +63,8 @@ class RunConfig:
     remat: "none", "dots" (keep matrix products) or "full" (keep block inputs only).
     unroll: layers per scan step; 0 is all of up to 8 on CPU, where it saves a third, and one elsewhere.
     dtype: "float32", "bfloat16", or "auto" (bfloat16 on GPU and TPU); parameters are f32 always.
-    barrier: "auto" (CPU only), "on" or "off": what XLA's CPU compiler needs to be told of products, see `product` and `unrolled`.
+    barrier: "auto" (CPU only), "on" or "off": what XLA's CPU compiler needs to be told, see `product`, `rotate_and_back`, `once` and
+    `unrolled`; "off" where a CPU shall differentiate forward (jax.jvp).
     """
 
     remat: str = field(default="none", metadata={"identity": False})
@@ -148,7 +149,8 @@ def make_model(cfg: ModelConfig, mesh=None, run: RunConfig = RunConfig()) -> Mod
         causal = key_positions[:, None, :] <= positions[:, :, None]
         visible = causal if mask is None else mask if mask.ndim == 3 else causal & mask[:, None, :]
         known = lambda: (*rotation(cfg, positions), jnp.where(visible, 0.0, -1e30))  # noqa: E731
-        where = Where(positions, *(once(known, params["final_norm_scale"][0]) if barrier else known()))
+        alone = mesh is None or mesh.size == 1  # a branch's values would be whole on every device
+        where = Where(positions, *(once(known, params["final_norm_scale"][0]) if barrier and alone else known()))
         x = pin(gather(params["embed"], axes["embed"])[tokens].astype(dtype))
 
         if cache is None:
@@ -253,7 +255,8 @@ class Block(nn.Module):
         v = self.project("v", x, cfg.kv_heads, "kv_heads")
         if cfg.qk_norm:
             q, k = self.head_norm("q_norm", q), self.head_norm("k_norm", k)
-        q, k = rotate(q, where.sin, where.cos), rotate(k, where.sin, where.cos)
+        turn = rotate_and_back if self.barrier else rotate
+        q, k = turn(q, where.sin, where.cos), turn(k, where.sin, where.cos)
         k, v = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)  # [B, K, T, d], the cache's layout
         if kv is not None:
             start = jnp.broadcast_to(where.positions[:, 0], x.shape[:1])
@@ -365,16 +368,20 @@ def rotation(cfg: ModelConfig, positions):
     return jnp.sin(angle), jnp.cos(angle)
 
 
-@jax.custom_vjp
 def rotate(x, sin, cos):
-    """The first 2 x sin.shape[-1] channels of each head turned, halves layout; its gradient is turned back, where jax's own would be
-    a sum of padded halves. x: [B, T, H, d]; angles are constants."""
+    """The first 2 x sin.shape[-1] channels of each head turned, halves layout. x: [B, T, H, d]."""
     half = sin.shape[-1]
     a, b, kept = (x[..., i].astype(jnp.float32) for i in (np.s_[:half], np.s_[half : 2 * half], np.s_[2 * half :]))
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin, kept], -1).astype(x.dtype)
 
 
-rotate.defvjp(lambda x, sin, cos: (rotate(x, sin, cos), (sin, cos)), lambda angles, g: (rotate(g, -angles[0], angles[1]), None, None))
+@jax.custom_vjp
+def rotate_and_back(x, sin, cos):
+    """`rotate`, whose gradient is turned back instead of added up from padded halves. Angles are constants."""
+    return rotate(x, sin, cos)
+
+
+rotate_and_back.defvjp(lambda x, *angles: (rotate(x, *angles), angles), lambda angles, g: (rotate(g, -angles[0], angles[1]), None, None))
 
 
 def attend(q, k, v, bias):
