@@ -13,7 +13,7 @@ import tyro
 from hhjax.io.bucket import LISTED, reading_copy
 from hhjax.io.metrics import clock, read_events, read_rows
 from hhjax.io.rundir import list_runs, read_state
-from hhjax.process import collect_rarely, keep_compiled, tell_stacks, use_huge_pages
+from hhjax.process import collect_rarely, hold_memory, keep_compiled, tell_stacks
 
 Positional = tyro.conf.Positional
 
@@ -35,7 +35,7 @@ USAGE = """usage: hhjax COMMAND
 def main(argv: Sequence[str] | None = None) -> int:
     """The console script. Ends the process with the exit code."""
     if argv is None:  # a process of its own, whose memory and logging are ours
-        use_huge_pages()
+        hold_memory()
         keep_compiled()
         collect_rarely()
         tell_stacks()

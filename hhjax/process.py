@@ -7,8 +7,8 @@ import os
 import sys
 from pathlib import Path
 
-THP = Path("/sys/kernel/mm/transparent_hugepage/enabled")
-TUNABLE = "glibc.malloc.hugetlb=1"
+# Huge pages where the kernel leaves them to programs; one heap, from which nothing is taken apart or given back.
+MALLOC = ":".join(f"glibc.malloc.{k}" for k in ("hugetlb=1", "mmap_max=0", f"trim_threshold={2**62}", "arena_max=1"))
 
 
 def cache_dir() -> Path:
@@ -34,15 +34,13 @@ def tell_stacks() -> None:
     faulthandler.enable()
 
 
-def use_huge_pages() -> None:
-    """Starts this process anew, once, with glibc asking for huge pages, where the kernel leaves that to programs.
+def hold_memory() -> None:
+    """Starts this process anew, once, with glibc told to ask for huge pages and to keep what is freed.
 
-    XLA on CPU takes and returns gigabytes of temporaries every step, and faults them in 4 KiB at a time:
-    half of a small model's step in a virtual machine. Only an environment variable read at the start of
-    a process changes that. GLIBC_TUNABLES, once set to anything, is left alone.
+    XLA on CPU takes and returns gigabytes of temporaries every step, and faults them in 4 KiB at a time: half of a small model's
+    step in a virtual machine. With huge pages what is left of that, their zeros, is still a tenth. Only an environment variable read at
+    the start of a process changes either. GLIBC_TUNABLES, once set to anything, is left alone; the process stays as large as it ever was.
     """
-    if sys.platform != "linux" or "GLIBC_TUNABLES" in os.environ:
-        return
-    if THP.is_file() and "[madvise]" in THP.read_text():
-        os.environ["GLIBC_TUNABLES"] = TUNABLE
+    if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
+        os.environ["GLIBC_TUNABLES"] = MALLOC
         os.execv(sys.executable, [sys.executable, "-m", "hhjax.cli", *sys.argv[1:]])

@@ -1,4 +1,4 @@
-"""Huge pages: asked for once, where the kernel leaves it to programs, and never over the user's own setting."""
+"""Memory that is held, asked for once and never over the user's own setting; and compiled programs that are kept."""
 
 import os
 import subprocess
@@ -10,37 +10,28 @@ from hhjax import process
 
 
 @pytest.fixture
-def started(monkeypatch, tmp_path):
-    """The arguments of every os.execv, which here does nothing, on a machine that lets programs ask for huge pages."""
+def started(monkeypatch):
+    """The arguments of every os.execv, which here does nothing."""
     calls = []
     monkeypatch.setattr(os, "execv", lambda *args: calls.append(args))
     monkeypatch.setattr(sys, "platform", "linux")
     monkeypatch.setattr(sys, "argv", ["hhjax", "ls", "runs"])
-    monkeypatch.setattr(process, "THP", tmp_path / "enabled")
     monkeypatch.setenv("GLIBC_TUNABLES", "")
     monkeypatch.delenv("GLIBC_TUNABLES")
-    process.THP.write_text("always [madvise] never\n")
     return calls
 
 
 def test_the_process_starts_anew_once_with_its_own_arguments(started):
-    process.use_huge_pages()
+    process.hold_memory()
     assert started == [(sys.executable, [sys.executable, "-m", "hhjax.cli", "ls", "runs"])]
-    assert os.environ["GLIBC_TUNABLES"] == process.TUNABLE
-    process.use_huge_pages()
+    assert os.environ["GLIBC_TUNABLES"] == process.MALLOC
+    process.hold_memory()
     assert len(started) == 1
-
-
-@pytest.mark.parametrize("kernel", ["[always] madvise never\n", "always madvise [never]\n", None])
-def test_a_kernel_that_does_not_ask_is_left_alone(started, kernel):
-    process.THP.unlink() if kernel is None else process.THP.write_text(kernel)
-    process.use_huge_pages()
-    assert not started
 
 
 def test_the_user_s_tunables_are_left_alone(started, monkeypatch):
     monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.check=1")
-    process.use_huge_pages()
+    process.hold_memory()
     assert not started and os.environ["GLIBC_TUNABLES"] == "glibc.malloc.check=1"
 
 
@@ -50,6 +41,16 @@ def test_the_command_still_runs_after_starting_anew(tmp_path):
         [sys.executable, "-m", "hhjax.cli", "ls", str(tmp_path)], env=env, capture_output=True, text=True
     )  # fmt: skip
     assert (done.returncode, done.stdout) == (0, f"no runs under {tmp_path}\n"), done.stderr
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's settings")
+def test_what_is_freed_is_held():
+    """A process that has freed 256 MiB is still as large, and larger than one of glibc's own ways."""
+    code = ("import numpy as np; x = [np.ones(2**25, np.uint8) for _ in range(8)]; del x; "
+            "print(next(line for line in open('/proc/self/status') if line.startswith('VmRSS')).split()[1])")  # fmt: skip
+    sizes = [int(subprocess.run([sys.executable, "-c", code], env=os.environ | {"GLIBC_TUNABLES": tunables}, capture_output=True, text=True,
+                                check=True).stdout) for tunables in ("", process.MALLOC)]  # fmt: skip
+    assert sizes[1] - sizes[0] > 200 * 2**10
 
 
 def test_compiled_programs_are_kept_unless_the_user_says_where(monkeypatch, tmp_path):
