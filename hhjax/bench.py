@@ -171,7 +171,7 @@ def pm(cfg: PMBench) -> dict:
     seq_len = cfg.prompt + cfg.response if cfg.lengths == "fixed" else cfg.seq_len
     layout = PackedSource if cfg.packed else PairSource
     source = layout(draw_comparisons(cfg, cfg.batch * (steps + 8)), Numbers(), seq_len, cfg.batch)
-    batches = [source.batch(0, step) for step in range(min(steps, source.steps_per_epoch))]
+    batches = [source.batch(0, step) for step in range(steps)]
     rows = lambda batch: batch.tokens.shape if cfg.packed else (2 * cfg.batch, batch.chosen.tokens.shape[1])  # noqa: E731
     real = lambda b: (b.pair >= 0).sum() if isinstance(b, PackedPairs) else b.chosen.length.sum() + b.rejected.length.sum()  # noqa: E731
     row = time_step(cfg, model, preference_objective(model), iter(batches), lambda batch: pm_step_flops(model.config, *rows(batch)))

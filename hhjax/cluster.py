@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from hhjax.fields import ConfigError
 
-NEVER_S = 10**9  # a process alone that was stopped (Ctrl-Z, a scheduler) misses only its own heartbeats, and must not end for it
+NEVER_S = 10**9  # a process started alone that was stopped (Ctrl-Z, a scheduler) misses only its own heartbeats, and must not end for it
 
 
 def join_cluster(heartbeat_timeout_s: int) -> Callable[[], bool]:
@@ -20,13 +20,12 @@ def join_cluster(heartbeat_timeout_s: int) -> Callable[[], bool]:
     """
     import jax
 
-    beat = {"heartbeat_timeout_seconds": heartbeat_timeout_s}
     try:
         if address := os.environ.get("JAX_COORDINATOR_ADDRESS"):
             count, index = (int(os.environ[f"JAX_{n}"]) for n in ("NUM_PROCESSES", "PROCESS_ID"))
-            jax.distributed.initialize(address, count, index, **beat)
+            jax.distributed.initialize(address, count, index, heartbeat_timeout_seconds=heartbeat_timeout_s if count > 1 else NEVER_S)
         elif is_on_cluster():
-            jax.distributed.initialize(**beat)
+            jax.distributed.initialize(heartbeat_timeout_seconds=heartbeat_timeout_s)
         else:
             jax.distributed.initialize(f"127.0.0.1:{free_port()}", 1, 0, heartbeat_timeout_seconds=NEVER_S)
     except RuntimeError as error:

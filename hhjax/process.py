@@ -3,12 +3,15 @@ a process says when it is ended."""
 
 import faulthandler
 import gc
+import glob
 import os
+import platform
 import sys
 from pathlib import Path
 
-# Huge pages where the kernel leaves them to programs; one heap, from which nothing is taken apart or given back.
-MALLOC = ":".join(f"glibc.malloc.{k}" for k in ("hugetlb=1", "mmap_max=0", f"trim_threshold={2**62}", "arena_max=1"))
+HUGE_PAGES = "glibc.malloc.hugetlb=1"  # where the kernel leaves them to programs
+HELD = f"glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold={2**62}:glibc.malloc.arena_max=1"  # one heap, which gives nothing back
+ACCELERATORS = ("/dev/nvidia[0-9]*", "/dev/accel*", "/dev/vfio/[0-9]*", "/dev/kfd")
 
 
 def cache_dir() -> Path:
@@ -39,8 +42,9 @@ def hold_memory() -> None:
 
     XLA on CPU takes and returns gigabytes of temporaries every step, and faults them in 4 KiB at a time: half of a small model's
     step in a virtual machine. With huge pages what is left of that, their zeros, is still a tenth. Only an environment variable read at
-    the start of a process changes either. GLIBC_TUNABLES, once set to anything, is left alone; the process stays as large as it ever was.
+    the start of a process changes either. The process stays as large as it ever was: GLIBC_TUNABLES, once set to anything, even to
+    nothing, is left alone. Beside an accelerator, whose hosts have many threads and large copies, memory is given back.
     """
-    if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
-        os.environ["GLIBC_TUNABLES"] = MALLOC
+    if platform.libc_ver()[0] == "glibc" and "GLIBC_TUNABLES" not in os.environ:
+        os.environ["GLIBC_TUNABLES"] = HUGE_PAGES if any(map(glob.glob, ACCELERATORS)) else f"{HUGE_PAGES}:{HELD}"
         os.execv(sys.executable, [sys.executable, "-m", "hhjax.cli", *sys.argv[1:]])

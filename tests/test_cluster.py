@@ -41,11 +41,14 @@ def test_a_process_alone_outlives_being_stopped():
     """Ctrl-Z, or a scheduler's SIGSTOP, for longer than a lost peer is waited for; SIGTERM is still heard after it."""
     code = "import time; from hhjax.cluster import join_cluster; stop = join_cluster(2); print('joined', flush=True)\nwhile not stop(): time.sleep(0.1)"
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout.readline() == "joined\n"
-        for _ in range(3):  # with a heartbeat to miss, each ends it about every other time
-            process.send_signal(signal.SIGSTOP)
-            time.sleep(6)
-            process.send_signal(signal.SIGCONT)
-            time.sleep(1)
-        process.terminate()
-        assert process.wait(30) == 0
+        try:
+            assert process.stdout.readline() == "joined\n"
+            for _ in range(3):  # with a heartbeat to miss, each ends it about every other time
+                process.send_signal(signal.SIGSTOP)
+                time.sleep(6)
+                process.send_signal(signal.SIGCONT)
+                time.sleep(1)
+            process.terminate()
+            assert process.wait(30) == 0
+        finally:
+            process.kill()

@@ -1,6 +1,7 @@
 """Memory that is held, asked for once and never over the user's own setting; and compiled programs that are kept."""
 
 import os
+import platform
 import subprocess
 import sys
 
@@ -14,7 +15,8 @@ def started(monkeypatch):
     """The arguments of every os.execv, which here does nothing."""
     calls = []
     monkeypatch.setattr(os, "execv", lambda *args: calls.append(args))
-    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setattr(platform, "libc_ver", lambda: ("glibc", "2.36"))
+    monkeypatch.setattr(process, "ACCELERATORS", ())
     monkeypatch.setattr(sys, "argv", ["hhjax", "ls", "runs"])
     monkeypatch.setenv("GLIBC_TUNABLES", "")
     monkeypatch.delenv("GLIBC_TUNABLES")
@@ -24,9 +26,16 @@ def started(monkeypatch):
 def test_the_process_starts_anew_once_with_its_own_arguments(started):
     process.hold_memory()
     assert started == [(sys.executable, [sys.executable, "-m", "hhjax.cli", "ls", "runs"])]
-    assert os.environ["GLIBC_TUNABLES"] == process.MALLOC
+    assert os.environ["GLIBC_TUNABLES"] == f"{process.HUGE_PAGES}:{process.HELD}"
     process.hold_memory()
     assert len(started) == 1
+
+
+def test_beside_an_accelerator_memory_is_given_back(started, monkeypatch, tmp_path):
+    (tmp_path / "nvidia0").touch()
+    monkeypatch.setattr(process, "ACCELERATORS", (str(tmp_path / "nvidia[0-9]*"),))
+    process.hold_memory()
+    assert len(started) == 1 and os.environ["GLIBC_TUNABLES"] == process.HUGE_PAGES
 
 
 def test_the_user_s_tunables_are_left_alone(started, monkeypatch):
@@ -43,13 +52,13 @@ def test_the_command_still_runs_after_starting_anew(tmp_path):
     assert (done.returncode, done.stdout) == (0, f"no runs under {tmp_path}\n"), done.stderr
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="glibc's settings")
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc" or "LD_PRELOAD" in os.environ, reason="glibc's settings")
 def test_what_is_freed_is_held():
-    """A process that has freed 256 MiB is still as large, and larger than one of glibc's own ways."""
-    code = ("import numpy as np; x = [np.ones(2**25, np.uint8) for _ in range(8)]; del x; "
+    """A process in whose thread 256 MiB were freed is still as large, and larger than one of glibc's own ways."""
+    code = ("import numpy as np, threading; t = threading.Thread(target=lambda: [np.ones(2**25, np.uint8) for _ in range(8)]); t.start(); t.join(); "
             "print(next(line for line in open('/proc/self/status') if line.startswith('VmRSS')).split()[1])")  # fmt: skip
     sizes = [int(subprocess.run([sys.executable, "-c", code], env=os.environ | {"GLIBC_TUNABLES": tunables}, capture_output=True, text=True,
-                                check=True).stdout) for tunables in ("", process.MALLOC)]  # fmt: skip
+                                check=True).stdout) for tunables in ("", process.HELD)]  # fmt: skip
     assert sizes[1] - sizes[0] > 200 * 2**10
 
 

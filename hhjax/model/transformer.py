@@ -4,6 +4,7 @@ Flax declares the parameters of a block with their logical axes; everything else
 Blocks are stacked along a leading `layers` axis and scanned in training, unrolled when a cache is passed.
 """
 
+import math
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache, partial
 from typing import NamedTuple
@@ -184,10 +185,10 @@ def make_model(cfg: ModelConfig, mesh=None, run: RunConfig = RunConfig()) -> Mod
     def logits(params, hidden):
         """[..., D] -> [..., V] f32."""
         name = "embed" if cfg.tied_embeddings else "unembed"
-        table = gather(params[name], axes[name])
-        table = table.T if cfg.tied_embeddings else table  # [D, V]
-        hidden = hidden.astype(dtype)
-        return product(hidden, table) if barrier and dtype == jnp.float32 else jnp.matmul(hidden, table, preferred_element_type=jnp.float32)
+        table, hidden = gather(params[name], axes[name]), hidden.astype(dtype)
+        if barrier and dtype == jnp.float32:
+            return product(hidden, table.T if cfg.tied_embeddings else table)
+        return jnp.einsum("...d,vd->...v" if cfg.tied_embeddings else "...d,dv->...v", hidden, table, preferred_element_type=jnp.float32)
 
     def score(params, hidden):
         """[..., D] -> [...] f32: the scalar head of preference and value models."""
@@ -226,8 +227,12 @@ class Block(nn.Module):
         init = nn.initializers.constant(value)
         return self.param(name, nn.with_partitioning(init, axes), shape, jnp.float32)
 
-    def dense(self, x, w):
-        return product(x, w) if self.barrier else x @ w
+    def dense(self, x, w, over: int = 1):
+        """The last `over` axes of x summed with the first of w."""
+        if not self.barrier:
+            return jnp.tensordot(x, w, over)
+        kept, made = x.shape[: x.ndim - over], w.shape[over:]
+        return product(x.reshape(*kept, -1), w.reshape(-1, math.prod(made))).reshape(*kept, *made)
 
     def norm(self, name, x):
         cfg = self.cfg
@@ -243,7 +248,7 @@ class Block(nn.Module):
         """[B, T, D] -> [B, T, heads, head_dim]."""
         cfg = self.cfg
         w = self.weight(name, (cfg.width, heads, cfg.head_dim), ("embed", axis, "head_dim"), cfg.width)
-        y = self.dense(x, w.reshape(cfg.width, -1)).reshape(*x.shape[:2], heads, cfg.head_dim)
+        y = self.dense(x, w)
         if cfg.qkv_bias:
             y = y + self.vector(f"{name}_bias", (heads, cfg.head_dim), (axis, "head_dim")).astype(self.dtype)
         return y
@@ -264,7 +269,7 @@ class Block(nn.Module):
         y = attend(q, k, v, where.bias)
         out = self.weight("o", (cfg.heads, cfg.head_dim, cfg.width), ("heads", "head_dim", "embed"),
                           cfg.heads * cfg.head_dim, (2 * cfg.layers) ** -0.5)  # fmt: skip
-        y = self.dense(y.reshape(*y.shape[:2], -1), out.reshape(-1, cfg.width))
+        y = self.dense(y, out, over=2)
         if cfg.out_bias:
             y = y + self.vector("o_bias", (cfg.width,), (None,)).astype(self.dtype)
         return y, (None if kv is None else (k, v))
@@ -356,7 +361,8 @@ def rms_norm(x, scale, eps):
 
 def once(compute, number):
     """compute(), as values of their own: in a branch that XLA cannot foresee, for its CPU compiler puts sine and cosine into every
-    fusion that reads them, so that each head of each layer computes them anew. number: any scalar of the program's arguments."""
+    fusion that reads them, so that each head of each layer computes them anew. number: a scalar that the program is given; where it is NaN all
+    is zero, so one without which nothing is right anyway."""
     return jax.lax.cond(number > -jnp.inf, compute, lambda: jax.tree.map(jnp.zeros_like, jax.eval_shape(compute)))
 
 

@@ -98,10 +98,10 @@ def test_a_masked_key_is_as_if_it_were_not_there(cfg):
     np.testing.assert_allclose(hidden[:, 4:], expected, atol=1e-5, rtol=0)
 
 
-def gradient(cfg, run):
+def gradient(cfg, run, positions=None, mask=None):
     model, tokens = make_model(cfg, run=run), tokens_for(cfg)
     params = model.init(jax.random.key(1))
-    loss = lambda p: jnp.mean(jnp.square(model.logits(p, model.apply(p, tokens)[0])))  # noqa: E731
+    loss = lambda p: jnp.mean(jnp.square(model.logits(p, model.apply(p, tokens, positions, mask)[0])))  # noqa: E731
     return jax.make_jaxpr(jax.grad(loss))(params), jax.grad(loss)(params)
 
 
@@ -113,9 +113,14 @@ def test_remat_and_unrolling_change_the_program_but_not_the_gradient(run):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6, rtol=1e-4), grads, other_grads)
 
 
-def test_the_cpu_product_gives_the_same_gradients_another_way():
-    program, grads = gradient(TINY, RunConfig(barrier="off"))
-    other_program, other_grads = gradient(TINY, RunConfig(barrier="on"))
+@CONFIGS
+def test_the_cpu_s_products_and_angles_give_the_same_gradients_another_way(cfg):
+    """With two rows packed into one: positions that begin again, and a mask of its own for every token."""
+    segment = jnp.broadcast_to(jnp.arange(12) >= 5, (3, 12))
+    positions = jnp.arange(12) - 5 * segment
+    mask = (segment[:, :, None] == segment[:, None]) & jnp.tri(12, dtype=bool)
+    program, grads = gradient(cfg, RunConfig(barrier="off"), positions, mask)
+    other_program, other_grads = gradient(cfg, RunConfig(barrier="on"), positions, mask)
     assert "optimization_barrier" in str(other_program) and "optimization_barrier" not in str(program)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6, rtol=1e-4), grads, other_grads)
 
