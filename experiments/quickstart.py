@@ -4,7 +4,7 @@ Question   Do the paper's phenomena appear in a small world whose annotators are
            over-optimisation, helpfulness against harmlessness, calibration, the alignment tax, rejection sampling, detection?
 Figures    3, 4, 7, 9, 13, 14, 19, 22, 26, 36 of the paper, in report.html, each with the paper's claim and what was found.
 Expected   docs/clinic.md. Gold turns down while the training PM goes on rising, earlier with few comparisons.
-Cost       One seed: 8 minutes on 2 cores of 515 GFLOP/s together, 19 on two threads of 141; --fast under 3.
+Cost       One seed: 8 minutes on 2 cores of 515 GFLOP/s together, 16 on two of 145; --fast under 3.
 Command    hhjax run experiments/quickstart.py --jobs 2
 """
 
