@@ -1,4 +1,4 @@
-"""Who is one of several processes, by the environment."""
+"""Who is one of several processes, by the environment; being told to stop; and a process alone that is stopped for a while."""
 
 import signal
 import subprocess

@@ -52,7 +52,7 @@ def test_the_command_still_runs_after_starting_anew(tmp_path):
     assert (done.returncode, done.stdout) == (0, f"no runs under {tmp_path}\n"), done.stderr
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc" or "LD_PRELOAD" in os.environ, reason="glibc's settings")
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc" or "LD_PRELOAD" in os.environ, reason="these are settings of glibc's own allocator")
 def test_what_is_freed_is_held():
     """A process in whose thread 256 MiB were freed is still as large, and larger than one of glibc's own ways."""
     code = ("import numpy as np, threading; t = threading.Thread(target=lambda: [np.ones(2**25, np.uint8) for _ in range(8)]); t.start(); t.join(); "
