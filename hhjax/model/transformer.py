@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec as P
 
+from hhjax.model.attention import attend, attend_in_parts
 from hhjax.sharding import RULES, gathered_spec, is_axes
 from hhjax.types import Array, Model
 
@@ -64,8 +65,8 @@ class RunConfig:
     remat: "none", "dots" (keep matrix products) or "full" (keep block inputs only).
     unroll: layers per scan step; 0 is all of up to 8 on CPU, where it saves a third, and one elsewhere.
     dtype: "float32", "bfloat16", or "auto" (bfloat16 on GPU and TPU); parameters are f32 always.
-    barrier: "auto" (CPU only), "on" or "off": what XLA's CPU compiler needs to be told, see `product`, `rotate_and_back`, `once` and
-    `unrolled`; "off" where a CPU shall differentiate forward (jax.jvp).
+    barrier: "auto" (CPU only), "on" or "off": what XLA's CPU compiler needs to be told, see `product`, `rotate_and_back`, `once`,
+    `attend_in_parts` and `unrolled`; "off" where a CPU shall differentiate forward (jax.jvp).
     """
 
     remat: str = field(default="none", metadata={"identity": False})
@@ -140,13 +141,15 @@ def make_model(cfg: ModelConfig, mesh=None, run: RunConfig = RunConfig()) -> Mod
     def apply(params, tokens, positions=None, mask=None, cache=None):
         """tokens [B, T] -> (final normed hidden [B, T, D], cache).
 
-        positions: [B, T], 0.. by default; with a cache, consecutive from positions[:, 0].
+        positions: [B, T], 0.. by default and in an empty cache; consecutive from positions[:, 0] in one that is not. Without a cache they
+        may begin again inside a row, with a mask [B, T, T].
         mask: [B, S] keys that exist, beyond causality; right padding needs none. Or [B, T, S] keys that each token may see,
-        causality included, for rows whose order is not that of their positions.
+        causality included: nothing that lies later in the row. S is T, but for a cache that is not empty.
         """
+        own = cache is None or positions is None  # the keys to be seen are those of `tokens`: a cache's other slots are empty
         # One row of positions and one mask where every row has the same: [1, T], [1, T, S] instead of [B, ...].
         positions = jnp.arange(tokens.shape[1])[None] if positions is None else positions
-        key_positions = positions if cache is None else jnp.arange(cache.keys[0].shape[2])[None]
+        key_positions = positions if own else jnp.arange(cache.keys[0].shape[2])[None]
         causal = key_positions[:, None, :] <= positions[:, :, None]
         visible = causal if mask is None else mask if mask.ndim == 3 else causal & mask[:, None, :]
         known = lambda: (*rotation(cfg, positions), jnp.where(visible, 0.0, -1e30))  # noqa: E731
@@ -265,14 +268,18 @@ class Block(nn.Module):
         k, v = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)  # [B, K, T, d], the cache's layout
         if kv is not None:
             start = jnp.broadcast_to(where.positions[:, 0], x.shape[:1])
-            k, v = write(kv[0], k, start), write(kv[1], v, start)
-        y = attend(q, k, v, where.bias)
+            kv = write(kv[0], k, start), write(kv[1], v, start)
+        own = where.bias.shape[-1] == x.shape[1]  # the keys to be seen are those of x
+        if own:
+            y = (attend_in_parts if self.barrier else attend)(q, k, v, where.bias)
+        else:
+            y = attend(q, *kv, where.bias)
         out = self.weight("o", (cfg.heads, cfg.head_dim, cfg.width), ("heads", "head_dim", "embed"),
                           cfg.heads * cfg.head_dim, (2 * cfg.layers) ** -0.5)  # fmt: skip
         y = self.dense(y, out, over=2)
         if cfg.out_bias:
             y = y + self.vector("o_bias", (cfg.width,), (None,)).astype(self.dtype)
-        return y, (None if kv is None else (k, v))
+        return y, kv
 
     def mlp(self, x):
         cfg = self.cfg
@@ -388,21 +395,6 @@ def rotate_and_back(x, sin, cos):
 
 
 rotate_and_back.defvjp(lambda x, *angles: (rotate(x, *angles), angles), lambda angles, g: (rotate(g, -angles[0], angles[1]), None, None))
-
-
-def attend(q, k, v, bias):
-    """Softmax attention. The softmax is f32 and is normalised after the product with v, which is smaller.
-
-    q: [B, T, H, d]; k, v: [B, K, S, d] with H a multiple of K; bias: [B or 1, T, S] f32. Returns [B, T, H, d].
-    """
-    b, t, h, d = q.shape
-    q = jnp.moveaxis(q.reshape(b, t, k.shape[1], -1, d), 1, 3) * d**-0.5  # [B, K, H / K, T, d]
-    scores = jnp.einsum("bkgtd,bksd->bkgts", q, k, preferred_element_type=jnp.float32) + bias[:, None, None]
-    top = jax.lax.stop_gradient(jnp.max(scores, -1, keepdims=True))
-    weights = jnp.exp(scores - top)
-    y = jnp.einsum("bkgts,bksd->bkgtd", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
-    y = y / jnp.sum(weights, -1)[..., None]
-    return jnp.moveaxis(y.astype(v.dtype), 3, 1).reshape(b, t, h, d)
 
 
 def write(buffer, update, start):

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from hhjax.model.sizes import SIZES, matmul_params, model_config
-from hhjax.model.transformer import ModelConfig, RunConfig, attend, config_from_json, config_to_json, make_model, rotate, rotation
+from hhjax.model.attention import attend, attend_in_parts, parts
+from hhjax.model.transformer import ModelConfig, RunConfig, config_from_json, config_to_json, make_model, rotate, rotation
 
 TINY = model_config("0.1M", 100)
 GROUPED = ModelConfig(
@@ -146,6 +147,21 @@ def test_attention_is_stable_at_large_scores_and_equals_a_plain_loop():
             w = np.exp(s - s.max())
             np.testing.assert_allclose(out[0, t, head], (w / w.sum()) @ np.asarray(v[0, head // 2, : t + 1]), atol=1e-5)
     assert jnp.all(jnp.isfinite(attend(q * 1e4, k, v, bias)))
+
+
+@pytest.mark.parametrize("length", [1, 63, 64, 130, 300, 513])
+def test_attention_in_parts_is_attention_and_so_is_its_gradient(length):
+    """Of grouped heads, where a row holds two dialogues and the second row none after its first third."""
+    assert [i for part in parts(length) for i in range(part.start, part.stop)] == list(range(length)) and len(parts(length)) <= 4
+    assert (len(parts(length)) > 1) == (length >= 64)
+    q, k, v, g = (jax.random.normal(jax.random.key(i), (2, *s)) for i, s in enumerate([(length, 6, 8), (2, length, 8), (2, length, 8), (length, 6, 8)]))
+    at = jnp.arange(length)
+    segment = jnp.stack([at >= length // 2, at >= length // 3])
+    bias = jnp.where((segment[:, :, None] == segment[:, None]) & (at[None] <= at[:, None]), 0.0, -1e30)
+    (y, back), (expected, plain) = (jax.vjp(lambda *x, f=f: f(*x, bias), q, k, v) for f in (attend_in_parts, attend))
+    np.testing.assert_allclose(y, expected, atol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), back(g), plain(g))
+    assert jnp.all(jnp.isfinite(attend_in_parts(q * 1e4, k, v, bias)))
 
 
 def test_rotation_depends_only_on_distance():

@@ -1,0 +1,87 @@
+"""Softmax attention: as it is written down, and in parts for CPU. Every array keeps heads apart, grouped under the key head that they read."""
+
+import jax
+import jax.numpy as jnp
+
+
+def attend(q, k, v, bias):
+    """Softmax attention. The softmax is f32 and is normalised after the product with v, which is smaller.
+
+    q: [B, T, H, d]; k, v: [B, K, S, d] with H a multiple of K; bias: [B or 1, T, S] f32. Returns [B, T, H, d].
+    """
+    q = grouped(q, k.shape[1]) * q.shape[-1] ** -0.5
+    weights = unnormalised(jnp.einsum("bkgtd,bksd->bkgts", q, k, preferred_element_type=jnp.float32), bias)
+    y = jnp.einsum("bkgts,bksd->bkgtd", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+    y = y / jnp.sum(weights, -1)[..., None]
+    return ungrouped(y.astype(v.dtype))
+
+
+@jax.custom_vjp
+def attend_in_parts(q, k, v, bias):
+    """`attend` where no token sees a later one of its row (S = T), whose gradient stops at the bias.
+
+    Queries go in a few parts, each against the keys up to its own end: with four parts three eighths of the products are never made. The gradient's
+    products transpose the narrow operand, never the weights, as in transformer.product.
+    """
+    return _parts_forward(q, k, v, bias)[0]
+
+
+def parts(length: int) -> list[slice]:
+    """Where a row of queries is cut: not below 64 tokens, in parts of at least 128 above 256, in four at most."""
+    count = min(max(length // 128, 2), 4) if length >= 64 else 1
+    size = -(-length // count)
+    return [slice(start, min(start + size, length)) for start in range(0, length, size)]
+
+
+def _parts_forward(q, k, v, bias):
+    q = grouped(q, k.shape[1]) * q.shape[-1] ** -0.5
+    made, kept = [], []
+    for part in parts(q.shape[3]):
+        mine, end = q[:, :, :, part], part.stop
+        # The heads of a group are rows of one product: XLA's CPU products know one batch, one row and one column axis.
+        rows = mine.reshape(*k.shape[:2], -1, k.shape[-1])
+        scores = jnp.einsum("bkqd,bksd->bkqs", rows, k[:, :, :end], preferred_element_type=jnp.float32)
+        weights = unnormalised(scores.reshape(*mine.shape[:4], end), bias[:, part, :end]).reshape(scores.shape)
+        total = jnp.sum(weights, -1, keepdims=True)
+        weights = weights.astype(v.dtype)
+        y = jnp.einsum("bkqs,bksd->bkqd", weights, v[:, :, :end], preferred_element_type=jnp.float32) / total
+        made.append(y.reshape(mine.shape).astype(v.dtype))
+        kept.append((rows, weights, total, y))
+    return ungrouped(jnp.concatenate(made, 3)), (kept, k, v)
+
+
+def _parts_backward(saved, g):
+    kept, k, v = saved
+    g, dk, dv, dq = grouped(g, k.shape[1]), 0.0, 0.0, []
+    for part, (rows, weights, total, y) in zip(parts(g.shape[3]), kept):
+        mine, end = g[:, :, :, part], part.stop
+        dy = mine.reshape(rows.shape) / total
+        scores = jnp.einsum("bkqd,bksd->bkqs", dy.astype(v.dtype), v[:, :, :end], preferred_element_type=jnp.float32)
+        scores = (weights * (scores - jnp.sum(dy * y, -1, keepdims=True))).astype(k.dtype)
+        dq.append(jnp.einsum("bkqs,bksd->bkqd", scores, k[:, :, :end]).reshape(mine.shape))
+        later = ((0, 0), (0, 0), (0, 0), (0, k.shape[2] - end))
+        dk += jnp.pad(jnp.einsum("bkqd,bkqs->bkds", rows, scores), later)
+        dv += jnp.pad(jnp.einsum("bkqd,bkqs->bkds", dy.astype(v.dtype), weights), later)
+    dq = ungrouped(jnp.concatenate(dq, 3)) * k.shape[-1] ** -0.5
+    return dq, jnp.swapaxes(dk, 2, 3), jnp.swapaxes(dv, 2, 3), None
+
+
+attend_in_parts.defvjp(_parts_forward, _parts_backward)
+
+
+def grouped(x, groups: int):
+    """[B, T, H, d] -> [B, groups, H / groups, T, d]."""
+    b, t, _, d = x.shape
+    return jnp.moveaxis(x.reshape(b, t, groups, -1, d), 1, 3)
+
+
+def ungrouped(x):
+    """[B, K, G, T, d] -> [B, T, K * G, d]."""
+    b, _, _, t, d = x.shape
+    return jnp.moveaxis(x, 3, 1).reshape(b, t, -1, d)
+
+
+def unnormalised(scores, bias):
+    """exp of scores [B, K, G, T, S] with their bias [B or 1, T, S], above each row's highest, which is a constant to the gradient."""
+    scores = scores + bias[:, None, None]
+    return jnp.exp(scores - jax.lax.stop_gradient(jnp.max(scores, -1, keepdims=True)))
