@@ -28,6 +28,20 @@ RUNS = Experiment("judged", (
 ))
 """
 
+RENAMED = """
+from hhjax.data.comparisons import ComparisonData
+from hhjax.experiment import Experiment, Run
+from hhjax.stages import PM, Clinic, Evaluate
+
+def made(name):
+    pm = PM("pm", tokenizer={tokenizer!r}, model="0.1M", data=ComparisonData((name,)), seq_len=96, batch_size=8, steps=1)
+    return Clinic(name, part="helpful", size=40), pm
+
+RUNS = [Run(Experiment("renamed", made("rated")), (("raters", "rated"),)),
+        Run(Experiment("renamed", (*made("helpful"), Evaluate("eval", of="pm", data=ComparisonData(("helpful",)), baselines=False))),
+            (("raters", "none"),))]
+"""
+
 
 @pytest.fixture(scope="module")
 def judged(tiny_data, tiny_tokenizer, tmp_path_factory):
@@ -65,6 +79,16 @@ def test_an_evaluation_scores_every_test_pair_and_says_of_what(judged, tiny_data
     # The periodic evaluation of training, on the same pairs, counts the same.
     held_out = [row["eval/accuracy"] for row in read_rows(pm / "metrics.jsonl") if "eval/accuracy" in row][-1]
     assert summary["accuracy"][0]["accuracy"]["value"] == pytest.approx(held_out)
+
+
+def test_a_source_has_the_name_that_this_experiment_gives_it(judged, tiny_tokenizer):
+    """The model is made by a run that calls its comparisons otherwise, and shared by the one that evaluates it."""
+    folder, _ = judged
+    (folder / "renamed.py").write_text(RENAMED.format(tokenizer=str(tiny_tokenizer)))
+    assert launch.run(["renamed.py", "--out", "renamed"]) == 0
+    made = json.loads((only_folder(folder / "renamed" / "pm") / "config.json").read_text())
+    about = json.loads((only_folder(folder / "renamed" / "evaluate") / "evals" / "summary.json").read_text())["about"]
+    assert made["config"]["data"]["sources"] == ["rated"] and about["shares"] == {"helpful": 1.0}
 
 
 def test_a_report_has_the_table_and_the_figures(judged):
