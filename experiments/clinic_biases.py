@@ -4,7 +4,8 @@ Question   Raters who like length, confident phrases, or caution: what do polici
 Figures    Behaviours by rater (section 4.4); reward on the biased PM, on an unbiased test PM and gold against sqrt(KL).
 Expected   Each policy does more of what its raters over-reward, and its gold ends lower than under raters without failings; over-rewarded
            caution gives the evasive assistant.
-Cost       10 minutes on 2 cores at three seeds beside quickstart.py and clinic_tension.py, whose stages it shares.
+Cost       10 minutes on 2 fast cores at three seeds beside quickstart.py and clinic_tension.py, whose stages it shares; 24 on slow
+           and busy ones.
 Command    hhjax run experiments/clinic_biases.py --jobs 2
            python scripts/plot_behaviour.py runs/experiments/clinic_biases.json
            python scripts/plot_reward_vs_sqrt_kl.py runs/experiments/clinic_biases.json --most 2

@@ -19,7 +19,7 @@ from hhjax.fields import ConfigError
 from hhjax.io import checkpoint
 from hhjax.io.huggingface import load_folder
 from hhjax.io.metrics import TIMING, read_events, read_rows
-from hhjax.loops import supervised
+from hhjax.loops import supervised, waiting
 from hhjax.model.transformer import make_model
 from hhjax.objectives.preference import preference_objective
 from hhjax.sharding import MeshConfig, make_mesh
@@ -45,6 +45,12 @@ def make_pm(tokenizer, **changes) -> PM:
     stage = PM("pm", tokenizer=str(tokenizer), model="0.1M", data=data, seq_len=96, batch_size=8, steps=STEPS,
                log_every=1, save_every=3, eval_every=5, eval_rows=16)  # fmt: skip
     return replace(stage, **changes)
+
+
+@pytest.fixture(autouse=True)
+def polls_are_of_steps(monkeypatch):
+    """Reading the data polls once, however long a busy machine takes."""
+    monkeypatch.setattr(waiting, "POLL_S", 60.0)
 
 
 def make_context(stage, folder, data, stop_after=None) -> StageContext:
