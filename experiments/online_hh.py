@@ -5,7 +5,7 @@ Question   With the same number of comparisons, does a policy gain more when two
            openings, labels all fresh pairs, as in Gao et al. 2022, and is what the policies are judged by. So this asks whether the
            loop learns that PM's taste; of what people would say it tells nothing.
 Figures    Reward on the paying PM and on gold against samples and sqrt(KL), an arm a colour (paper Figure 16, Gao et al. Figure 1).
-Expected   Paper section 4.5: the loop ends higher at equal numbers. In the clinic it ended lower (results/clinic.md).
+Expected   Paper section 4.5: the loop ends higher at equal numbers. In the clinic it ended higher once and lower once (results/clinic.md).
 Cost       Not measured yet; an estimate: 30 minutes on 2 cores at one seed beside rlhf_hh.py.
 Command    hhjax run experiments/online_hh.py
            python scripts/plot_reward_vs_sqrt_kl.py runs/experiments/online_hh.json --stage ppo
