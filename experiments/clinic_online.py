@@ -4,8 +4,8 @@ Question   With the same number of comparisons, is a policy better when two thir
            earlier policy, rather than all from the first model? And does its preference model know how good it is?
 Figures    Elo against samples, by raters, as the training PM guesses it, and as gold would (paper Figures 16 and 35).
 Expected   Paper section 4.5: at equal numbers of comparisons the loop ends higher; a PM's own scores promise more Elo than
-           people find. Some of that is arithmetic, and happens to gold's utilities too. Here three seeds
-           ended higher and three of an earlier version lower: results/clinic.md.
+           people find. Some of that is arithmetic, and happens to gold's utilities too. Here the loop
+           ended higher in the mean of three seeds and lower in that of an earlier version: results/clinic.md.
 Cost       10 minutes on 2 fast cores, 18 on slow ones, at three seeds beside quickstart.py, whose world and language model it shares.
 Command    hhjax run experiments/clinic_online.py --jobs 2
            python scripts/plot_elo.py runs/experiments/clinic_online.json

@@ -2,8 +2,8 @@
 
 Question   How does accuracy grow with comparisons and size, how does it trade between kinds, and is it calibrated?
 Figures    Accuracy by data and size with the Bayes accuracy (paper Figure 7); by mixture (19, 26); calibration (9).
-Expected   Far below chance on the other kind; mixtures good at both. Size matters little at 0.1M and 0.4M, and no model comes within
-           seven points of Bayes, since slots are hard to check (results/clinic.md).
+Expected   Far below chance on the other kind; even mixtures good at both. Size matters little at 0.1M and 0.4M, and on both
+           kinds together the best are seven to nine points below Bayes (results/clinic.md).
 Cost       10 minutes on 2 cores of 145 GFLOP/s at three seeds beside quickstart.py, whose world and language models it shares.
 Command    hhjax run experiments/clinic_pm.py --jobs 2
            python scripts/plot_accuracy.py runs/experiments/clinic_pm_data.json

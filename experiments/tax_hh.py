@@ -6,9 +6,8 @@ Question   Accuracy on ARC-easy, HellaSwag, MMLU and the last words of LAMBADA b
 Figure     Capability before and after by size (paper Figures 3 and 28).
 Expected   The paper: a tax for small models, a bonus for large ones. Models of 0.1M and 0.4M parameters are near chance (0.25) on what
            must be known, so that little is there to lose; last words and continuations are what they can choose at all.
-Cost       On 2 cores that three other jobs shared: three and a half minutes an exam of 0.4M beside tension_hh.py, whose policy of both it
-           shares. The language model and the policy of 0.1M were not measured; 20 minutes are an estimate.
-Command    hhjax run experiments/tax_hh.py
+Cost       11 minutes on 2 cores of 145 GFLOP/s beside robustness.py and rlhf_hh.py, whose language models it shares.
+Command    hhjax run experiments/tax_hh.py --jobs 2
            python scripts/plot_tax.py runs/experiments/tax_hh.json
 """
 

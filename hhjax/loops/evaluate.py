@@ -64,8 +64,8 @@ def summarise(stage: Evaluate, ctx: StageContext, found: np.ndarray, train, test
     if stage.raters:
         bayes["bayes"] = bayes_accuracy([row.prompt for row in test], [(row.chosen, row.rejected) for row in test], stage.raters)
     # Another experiment, which shares the model and made it, may call the stages that its pairs come from otherwise.
-    here = {Path(folder): ref for ref, folder in ctx.parents.items()}
-    names = {ref: here.get(Path(folder), ref) for ref, folder in parent["parents"].items()}
+    here = {Path(folder).absolute(): ref for ref, folder in ctx.parents.items()}
+    names = {ref: here.get(Path(folder).absolute(), ref) for ref, folder in parent["parents"].items()}
     saw = Counter(names.get(row.source, row.source) for row in train)
     trained = next((e["rows"] for e in reversed(read_events(folder)) if e["event"] == "data"), len(train))  # the others did not fit
     about = {

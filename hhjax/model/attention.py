@@ -18,7 +18,8 @@ def attend(q, k, v, bias):
 
 @jax.custom_vjp
 def attend_in_parts(q, k, v, bias):
-    """`attend` where no token sees a later one of its row (S = T), whose gradient stops at the bias.
+    """`attend` where no token sees a later one of its row (S = T), whose gradient stops at the bias. A query that may see
+    nothing is given the mean of the values up to the end of its part, and not of all.
 
     Queries go in a few parts, each against the keys up to its own end: with four parts three eighths of the products are never made. The gradient's
     products transpose the narrow operand, never the weights, as in transformer.product.
@@ -58,12 +59,12 @@ def _parts_backward(saved, g):
         dy = mine.reshape(rows.shape) / total
         scores = jnp.einsum("bkqd,bksd->bkqs", dy.astype(v.dtype), v[:, :, :end], preferred_element_type=jnp.float32)
         scores = (weights * (scores - jnp.sum(dy * y, -1, keepdims=True))).astype(k.dtype)
-        dq.append(jnp.einsum("bkqs,bksd->bkqd", scores, k[:, :, :end]).reshape(mine.shape))
+        dq.append(jnp.einsum("bkqs,bksd->bkqd", scores, k[:, :, :end], preferred_element_type=jnp.float32).reshape(mine.shape))
         later = ((0, 0), (0, 0), (0, 0), (0, k.shape[2] - end))
-        dk += jnp.pad(jnp.einsum("bkqd,bkqs->bkds", rows, scores), later)
-        dv += jnp.pad(jnp.einsum("bkqd,bkqs->bkds", dy.astype(v.dtype), weights), later)
+        dk += jnp.pad(jnp.einsum("bkqd,bkqs->bkds", rows, scores, preferred_element_type=jnp.float32), later)
+        dv += jnp.pad(jnp.einsum("bkqd,bkqs->bkds", dy.astype(v.dtype), weights, preferred_element_type=jnp.float32), later)
     dq = ungrouped(jnp.concatenate(dq, 3)) * k.shape[-1] ** -0.5
-    return dq, jnp.swapaxes(dk, 2, 3), jnp.swapaxes(dv, 2, 3), None
+    return dq.astype(k.dtype), jnp.swapaxes(dk, 2, 3).astype(k.dtype), jnp.swapaxes(dv, 2, 3).astype(v.dtype), None
 
 
 attend_in_parts.defvjp(_parts_forward, _parts_backward)

@@ -49,7 +49,7 @@ def make_pm(tokenizer, **changes) -> PM:
 
 @pytest.fixture(autouse=True)
 def polls_are_of_steps(monkeypatch):
-    """Reading the data polls once, however long a busy machine takes."""
+    """Reading the data does not poll, up to a minute: a busy machine takes longer than the usual fifth of a second."""
     monkeypatch.setattr(waiting, "POLL_S", 60.0)
 
 

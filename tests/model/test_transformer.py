@@ -151,7 +151,7 @@ def test_attention_is_stable_at_large_scores_and_equals_a_plain_loop():
 
 @pytest.mark.parametrize("length", [1, 63, 64, 130, 300, 513])
 def test_attention_in_parts_is_attention_and_so_is_its_gradient(length):
-    """Of grouped heads, where a row holds two dialogues and the second row none after its first third."""
+    """Of grouped heads, where each row holds two dialogues that meet at different places."""
     assert [i for part in parts(length) for i in range(part.start, part.stop)] == list(range(length)) and len(parts(length)) <= 4
     assert (len(parts(length)) > 1) == (length >= 64)
     q, k, v, g = (jax.random.normal(jax.random.key(i), (2, *s)) for i, s in enumerate([(length, 6, 8), (2, length, 8), (2, length, 8), (length, 6, 8)]))
