@@ -162,6 +162,8 @@ class Training(Stage):
         self.require_positive("seq_len", "batch_size", "micro_batches", "log_every", "keep", "steps")
         if self.epochs <= 0:
             raise ConfigError(f"{self.name}.epochs={self.epochs}; it must be positive")
+        if self.steps and self.epochs != 1:
+            raise ConfigError(f"{self.name}.epochs={self.epochs} has no effect beside steps={self.steps}; set steps to None first, or epochs to 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -211,7 +213,8 @@ class PPO(Stage):
 
     policy: the model that is trained; kl_to: the reference of the KL (default: the policy at its start). reward: the PM;
     tests: PMs that are only looked at. value: what the value network starts from (default: the reward PM), or
-    value_head=True: a head on the policy's trunk instead. data: where prompts come from, training and held-out ones.
+    value_head=True: a head on the policy's trunk instead, trained by optim and not by value_optim. data: where prompts come from,
+    training and held-out ones.
     batch_size samples an iteration, one a prompt; steps iterations; epochs and minibatches of each (the paper: K = 1 for
     a static scan, 2 for robustness, 4 online). objective: (Actor, loss config) -> LossFn over Rollout.
     eval_every: iterations between looks at eval_prompts held-out prompts (0: first and last). rollout_mesh: the layout of

@@ -83,6 +83,13 @@ def test_a_wrong_edit_says_what_and_what_instead(path, value, message):
     assert message in str(error.value)
 
 
+def test_steps_and_epochs_do_not_stand_together():
+    counted = edit(BASE, "lm.steps", 10)
+    with pytest.raises(ConfigError, match="epochs=2.0 has no effect beside steps=10"):
+        edit(counted, "lm.epochs", 2.0)
+    assert edit(edit(counted, "lm.steps", None), "lm.epochs", 2.0).stage("lm").epochs == 2
+
+
 def test_numbers_take_the_type_of_their_field(tiny_data):
     assert ids(edit(BASE, "pm.epochs", 2), tiny_data) == ids(edit(BASE, "pm.epochs", 2.0), tiny_data)
     assert isinstance(edit(BASE, "pm.epochs", 2).stage("pm").epochs, float)

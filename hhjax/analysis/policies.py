@@ -168,23 +168,34 @@ def tax_figure(exams: Sequence[Grades], path: Path) -> str:
     legend(axes[0, 0])
     claim = "Paper (Fig. 3): RLHF costs small models some capability (an alignment tax) and gives large ones some (a bonus)."
     room = f"Every question of {', '.join(full)} is answered by every model, so that there is no room for a tax. " if full else ""
-    changed = "; ".join(changes(groups, sizes, drawn, all_shots))
-    changed = f" After minus before on the same questions, 95 % intervals over them: {changed}." if changed else ""
-    return finish(fig, path, claim, room + "; ".join(found) + "." + changed + seeds_in_words(groups), panels)
+    said = changes_in_words(list(changes(groups, sizes, drawn, all_shots)))
+    return finish(fig, path, claim, room + said + "; ".join(found) + "." + seeds_in_words(groups), panels)
+
+
+def changes_in_words(found: Sequence[tuple[str, Estimate, Estimate]]) -> str:
+    """What of `changes` an interval tells from 0, and the changes themselves; "" where there are none."""
+    if not found:
+        return ""
+    clear = [f"{where} {e.value:+.3f}" for where, e, _ in found if e.low > 0 or e.high < 0]
+    named = f" ({', '.join(clear)})" if clear else ""
+    nats = [e.value for *_, e in found]
+    told = lambda e: f"{e.value:+.3f} [{e.low:+.3f}, {e.high:+.3f}]"  # noqa: E731
+    listed = "; ".join(f"{where} {told(a)}, {told(n)} nats" for where, a, n in found)
+    return (f"RLHF changes accuracy beyond its interval in {len(clear)} of {len(found)} comparisons{named}, and the right option's nats by "
+            f"{min(nats):+.2f} to {max(nats):+.2f}. After minus before on the same questions, 95 % intervals over them: {listed}. ")  # fmt: skip
 
 
 def changes(groups: Mapping, sizes: Sequence[str], subjects: Sequence[str], all_shots: Sequence[int]):
-    """What RLHF changes in accuracy and nats, a text a size, subject and number of shots: differences are paired by question, each the
-    mean of the seeds that were asked it. Exams that did not keep the nats of every answer have none."""
+    """What RLHF changes: (size, subject and shots in words, accuracy, nats of the right option), with 95 % intervals. Differences are
+    paired by question, each the mean of the seeds that were asked it. Exams that did not keep the nats of every answer have none."""
     for size, subject, shots in itertools.product(sizes, subjects, all_shots):
         before, after = (by_sheet(groups.get((size, policy), ()), subject, shots) for policy in ("before", "after"))
         if both := [sheet for sheet in before if sheet in after]:
-            parts = []
-            for name, unit in (("right", ""), ("each_nats", " nats")):
+            estimates = []
+            for name in ("right", "each_nats"):
                 a, b = (np.concatenate([np.mean([row[name] for row in rows[sheet]], 0) for sheet in both]) for rows in (after, before))
-                e, _ = paired_difference(a, b, np.arange(len(a)))
-                parts.append(f"{e.value:+.3f} [{e.low:+.3f}, {e.high:+.3f}]{unit}")
-            yield f"{subject}, {size}, {shots} shots {', '.join(parts)}"
+                estimates.append(paired_difference(a, b, np.arange(len(a)))[0])
+            yield f"{subject}, {size}, {shots} shots", *estimates
 
 
 def by_sheet(exams: Sequence[Grades], subject: str, shots: int) -> dict[str, list[dict]]:

@@ -144,12 +144,15 @@ def make_model(cfg: ModelConfig, mesh=None, run: RunConfig = RunConfig()) -> Mod
         positions: [B, T], 0.. by default and in an empty cache; consecutive from positions[:, 0] in one that is not. Without a cache they
         may begin again inside a row, with a mask [B, T, T].
         mask: [B, S] keys that exist, beyond causality; right padding needs none. Or [B, T, S] keys that each token may see,
-        causality included: nothing that lies later in the row. S is T, but for a cache that is not empty.
+        causality included: nothing that lies later in the row. S is T, but for a cache that is not empty, whose length it is. Raises
+        ValueError for a mask of another S.
         """
         own = cache is None or positions is None  # the keys to be seen are those of `tokens`: a cache's other slots are empty
         # One row of positions and one mask where every row has the same: [1, T], [1, T, S] instead of [B, ...].
         positions = jnp.arange(tokens.shape[1])[None] if positions is None else positions
         key_positions = positions if own else jnp.arange(cache.keys[0].shape[2])[None]
+        if mask is not None and mask.shape[-1] != key_positions.shape[-1]:
+            raise ValueError(f"a mask of shape {mask.shape} where {key_positions.shape[-1]} keys may be seen; give one of [B, S] or [B, T, S]")
         causal = key_positions[:, None, :] <= positions[:, :, None]
         visible = causal if mask is None else mask if mask.ndim == 3 else causal & mask[:, None, :]
         known = lambda: (*rotation(cfg, positions), jnp.where(visible, 0.0, -1e30))  # noqa: E731

@@ -138,6 +138,9 @@ def test_the_tax_is_told_as_a_paired_change(tmp_path):
     found = tax_figure([before, *after], tmp_path / "tax")
     assert "on the same questions, 95 % intervals over them: s, 1M, 0 shots -0.200 [-0." in found
     assert "+0.500 [+0.500, +0.500] nats." in found
+    assert found.startswith("RLHF changes accuracy beyond its interval in 0 of 1 comparisons, and the right option's nats by +0.50 to +0.50.")
+    lost = tax_figure([before, grades("after", [0] * 10, spread)], tmp_path / "lost")
+    assert "in 1 of 1 comparisons (s, 1M, 0 shots -0.500), and" in lost
     # Another seed with fewer questions of its own: paired with itself.
     other = [grades(policy, right, [1.0] * 6)._replace(sheet="own") for policy, right in (("before", [1] * 6), ("after", [0] * 6))]
     assert "s, 1M, 0 shots -0.500 [-0." in tax_figure([before, *after, *other], tmp_path / "sheets")

@@ -85,6 +85,8 @@ def test_cached_decoding_of_ragged_rows_equals_the_full_forward(cfg):
         hidden, cache = model.apply(params, token, positions=at[:, None], cache=cache)
         expected = jnp.take_along_axis(full, at[:, None, None], 1)
         np.testing.assert_allclose(hidden, expected, atol=1e-5, rtol=0)
+    with pytest.raises(ValueError, match="where 12 keys may be seen"):  # else taken for one of the token's own keys
+        model.apply(params, token, at[:, None], jnp.ones((3, 1, 1), bool), cache)
 
 
 @CONFIGS
@@ -147,6 +149,18 @@ def test_attention_is_stable_at_large_scores_and_equals_a_plain_loop():
             w = np.exp(s - s.max())
             np.testing.assert_allclose(out[0, t, head], (w / w.sum()) @ np.asarray(v[0, head // 2, : t + 1]), atol=1e-5)
     assert jnp.all(jnp.isfinite(attend(q * 1e4, k, v, bias)))
+
+
+@pytest.mark.parametrize("dtype, off", [("float32", 1e-5), ("bfloat16", 0.05)])
+@pytest.mark.parametrize("rows", [1, 2])
+def test_attention_in_parts_knows_one_mask_for_all_rows_and_bfloat16(dtype, off, rows):
+    q, k, v, g = (jax.random.normal(jax.random.key(i), s, dtype) for i, s in enumerate([(2, 130, 6, 8), (2, 2, 130, 8), (2, 2, 130, 8), (2, 130, 6, 8)]))
+    bias = jnp.where(jnp.tril(jnp.ones((rows, 130, 130), bool)), 0.0, -1e30)
+    (y, back), (expected, plain) = (jax.vjp(lambda *x, f=f: f(*x, bias), q, k, v) for f in (attend_in_parts, attend))
+    for mine, theirs in zip((y, *back(g)), (expected, *plain(g))):
+        assert mine.dtype == theirs.dtype == dtype
+        mine, theirs = (np.asarray(x, np.float32) for x in (mine, theirs))
+        assert np.max(np.abs(mine - theirs)) < off * np.max(np.abs(theirs))
 
 
 @pytest.mark.parametrize("length", [1, 63, 64, 130, 300, 513])
