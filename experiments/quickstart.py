@@ -2,9 +2,10 @@
 
 Question   Do the paper's phenomena appear in a small world whose annotators are known: reward against sqrt(KL) and
            over-optimisation, helpfulness against harmlessness, calibration, the alignment tax, rejection sampling, detection?
-Figures    3, 4, 7, 9, 13, 14, 19, 22, 26, 36 of the paper, in report.html, each with the paper's claim and what was found.
-Expected   docs/clinic.md. Gold turns down while the training PM goes on rising, earlier with few comparisons.
-Cost       One seed: 8 minutes on 2 cores of 515 GFLOP/s together, 16 on two of 145; --fast under 3.
+Figures    1, 3, 4, 7, 9, 13, 19, 22, 26, 36 of the paper, in report.html, each with the paper's claim and what was found.
+Expected   docs/clinic.md. Gold turns down while the training PM goes on rising: with few comparisons in every draw so far, with all of
+           them in none (results/quickstart.md).
+Cost       One seed: 8 minutes on 2 cores of 515 GFLOP/s together, 16 on two of 145 (13 when compiled before); --fast under 3.
 Command    hhjax run experiments/quickstart.py --jobs 2
 """
 

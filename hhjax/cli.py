@@ -156,6 +156,7 @@ def chat(argv: Sequence[str]) -> int:
     address, step = split_step(args.run)
     with reading_copy(address) as folder:
         require_folder(folder, args.run)
+        warn_of_scorer(folder, args.run)
         talk(str(folder) if step is None else f"{folder}@{step}", sampling, args.seed)
     return 0
 
@@ -164,6 +165,15 @@ def require_folder(folder: Path, asked: str) -> None:
     """Raises FileNotFoundError where a model is asked for that is no folder."""
     if not folder.is_dir():
         raise FileNotFoundError(f"there is no folder {asked}; `hhjax ls` lists the run directories, and RUN@STEP takes a number")
+
+
+def warn_of_scorer(folder: Path, asked: str) -> None:
+    """Says so where a model that is to write replies is a preference model."""
+    from hhjax.placing import read_config
+
+    if read_config(folder).get("kind") == "pm":
+        print(f"{asked} is a preference model: its head, which scores replies, is not used here, and its next tokens are what its training has "
+              f"left of a language model's", file=sys.stderr)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -191,6 +201,7 @@ def export(argv: Sequence[str]) -> int:
     address, step = split_step(args.run)
     with reading_copy(address) as folder:
         require_folder(folder, args.run)
+        warn_of_scorer(folder, args.run)
         model, params, tokenizer = load_model(folder, step, make_mesh())
     family, config, params = huggingface.fitted(model.config, jax.device_get(params))
     ids = tokenizer.vocabulary

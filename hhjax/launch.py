@@ -25,7 +25,7 @@ from hhjax.io.bucket import address_of, is_done
 from hhjax.io.files import POINTER, is_remote, write_atomically
 from hhjax.io.lock import Held, read_lock
 from hhjax.io.metrics import read_events, write_event
-from hhjax.io.rundir import write_start
+from hhjax.io.rundir import other_commit, write_start
 from hhjax.placing import Placed, place, read_config
 from hhjax.stages import Diverged, Preempted, StageContext, split_step
 
@@ -142,7 +142,8 @@ def run_stage(command: Command, run: Run, placed: Placed, should_stop: Callable[
     """
     stage, folder = placed.stage, placed.dir
     if agreed(is_done(folder)):
-        tell(f"{run.full_name}: {stage.name} is done ({address_of(folder)})")
+        other = other_commit(folder)  # the library's own code is no part of a stage's identity
+        tell(f"{run.full_name}: {stage.name} is done ({address_of(folder)}{f', made at commit {other[:7]}' if other else ''})")
         return
     for ref, parent in placed.parents.items():
         is_stage = split_step(ref)[0] in placed.after or "id" in read_config(parent)

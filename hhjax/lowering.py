@@ -3,6 +3,7 @@
 `lower` is called in the process that compiles (hhjax/aot.py); the rest needs no compiler.
 """
 
+import math
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -10,15 +11,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from hhjax.data.packing import MOST, STEP
 from hhjax.loops.phases import is_packed, judge_params, make_phases, minibatches, ppo_optimizer, ppo_shardings, reply_packer
 from hhjax.loops.sampling import frozen
 from hhjax.loops.supervised import compute_dtype
 from hhjax.model.transformer import ModelConfig, make_model
-from hhjax.plan import bytes_per_device, lower_update, token_shapes
 from hhjax.sharding import batch_sharding, batch_ways, batches_sharding, check_batch, make_mesh, param_shardings
-from hhjax.stages import PPO, Training
+from hhjax.stages import PM, PPO, Training
 from hhjax.train.state import decayed, init_state, make_optimizer, state_shardings
-from hhjax.types import Tokens, Vocabulary
+from hhjax.train.step import make_train_step, shard_step
+from hhjax.types import PackedPairs, Pairs, Tokens, Vocabulary
+
+# Pairs of helpful-base and harmless-base (3,694, in 8,192 pieces), which stand for a PM's own, since no data is read here. At a seq_len
+# of 256, 512 and 1,024 PackedSource gives them rows of 512, 768 and 1,280 tokens, a pair 193, 228 and 234 tokens (the long ones have lost
+# the start of their prompts), and fills 0.93 of as many rows as a batch of 32 needs, before that number is made to divide by the mesh.
+HH_PAIR, HH_SHORT, HH_REPLY, HH_FILLED = 234, 0.75, 256, 0.93
 
 
 class Step(NamedTuple):
@@ -54,11 +61,12 @@ def lower_on(step: Step, devices):
         optimizer = make_optimizer(step.stage.optim, step.stage.steps or 1)
         shardings = state_shardings(optimizer, *shapes_and_places(model.config, mesh), mesh)
         return lower_update(step.stage, model, optimizer, shardings, mesh), facts, used
-    return lower_phase(step, mesh, decode, dtype), facts, used
+    phase, inputs = ppo_phase(step, mesh, decode, dtype)
+    return phase.lower(*inputs), facts, used
 
 
-def lower_phase(step: Step, mesh, decode, dtype: str):
-    """A phase of PPO as `loops/phases.py` jits it."""
+def ppo_phase(step: Step, mesh, decode, dtype: str):
+    """(the function of a phase of PPO as `loops/phases.py` jits it, shapes of what it is called with)."""
     stage = step.stage
     models = {role: make_model(cfg, mesh, stage.run) for role, cfg in step.configs.items()}
     optimizer = ppo_optimizer(stage)
@@ -75,7 +83,7 @@ def lower_phase(step: Step, mesh, decode, dtype: str):
         policy = placed(shapes["policy"], shardings.params["policy"])
     inputs = (policy, token_shapes(stage.batch_size, stage.prompt_len), jax.ShapeDtypeStruct((stage.batch_size,), jnp.int32), key)
     if step.phase == "sample":
-        return phases.sample.lower(*inputs)
+        return phases.sample, inputs
     judges = judge_params(stage, {role: placed(small[role], shapes_and_places(cfg, mesh)[1]) for role, cfg in step.configs.items()})
     offsets = {"reward": 0.0, "value": 0.0, "tests": dict.fromkeys(stage.tests, 0.0)}
     samples = split_rows(jax.eval_shape(phases.sample, *inputs)[0], mesh)
@@ -83,10 +91,10 @@ def lower_phase(step: Step, mesh, decode, dtype: str):
     laid = split_rows(packer.pack(full, none), mesh) if is_packed(stage, batch_ways(mesh)) else samples.rows
     scored = (state.params, judges, samples, laid, offsets, 0.0)
     if step.phase == "score":
-        return phases.score.lower(*scored)
+        return phases.score, scored
     order, packed = minibatches(stage, packer, full, none, np.random.default_rng(0))
     rollout = split_rows(jax.eval_shape(phases.score, *scored)[0], mesh)
-    return phases.update.lower(state, rollout, order, split_rows(packed, mesh, batches_sharding(mesh)))
+    return phases.update, (state, rollout, order, split_rows(packed, mesh, batches_sharding(mesh)))
 
 
 def full_replies(stage: PPO, vocab: Vocabulary, ways: int):
@@ -94,6 +102,42 @@ def full_replies(stage: PPO, vocab: Vocabulary, ways: int):
     each = lambda n: np.full(stage.batch_size, n, np.int32)  # noqa: E731
     width = stage.prompt_len + stage.sampling.max_new_tokens
     return reply_packer(stage, vocab, ways), Tokens(np.full((stage.batch_size, width), vocab.eoc + 1), each(stage.prompt_len), each(width)), each(0)
+
+
+def lower_update(stage: Training, model, optimizer, shardings, mesh):
+    """The stage's update at its widest batch, as `loops/supervised.py` jits it, traced and lowered for the mesh's devices."""
+    state = jax.eval_shape(lambda k: init_state(model.init(k), optimizer, k), jax.random.key(0))
+    step = make_train_step(stage.objective(model, stage.loss), optimizer, stage.micro_batches)
+    return shard_step(step, shardings, mesh).lower(state, batch_shapes(stage, batch_ways(mesh)))
+
+
+def batch_shapes(stage: Training, ways: int) -> Tokens | Pairs | PackedPairs:
+    """The batch of an update, without its numbers."""
+    rows, width = batch_shape(stage, ways)
+    if not isinstance(stage, PM):
+        return token_shapes(rows, width)
+    if not stage.packed:
+        tokens = token_shapes(stage.batch_size, width)
+        return Pairs(tokens, tokens, jax.ShapeDtypeStruct((stage.batch_size,), jnp.float32))
+    tokens, pairs = jax.ShapeDtypeStruct((rows, width), jnp.int32), (rows, min(MOST, stage.batch_size))
+    ends, weight = jax.ShapeDtypeStruct((*pairs, 2), jnp.int32), jax.ShapeDtypeStruct(pairs, jnp.float32)
+    return PackedPairs(tokens, tokens, tokens, tokens, ends, weight)
+
+
+def token_shapes(rows: int, width: int) -> Tokens:
+    count = jax.ShapeDtypeStruct((rows,), jnp.int32)
+    return Tokens(jax.ShapeDtypeStruct((rows, width), jnp.int32), count, count)
+
+
+def batch_shape(stage: Training, ways: int) -> tuple[int, int]:
+    """(rows, width) of all that an update reads: of a PM both rows of every pair, or what `PackedSource` would make of pairs like HH's."""
+    if not isinstance(stage, PM):
+        return stage.batch_size, stage.seq_len
+    if not stage.packed:
+        return 2 * stage.batch_size, stage.seq_len
+    width = -(-min(2 * stage.seq_len, stage.seq_len + HH_REPLY) // STEP) * STEP
+    tokens, multiple = stage.batch_size * min(HH_PAIR, HH_SHORT * stage.seq_len), ways * stage.micro_batches
+    return math.ceil(tokens / (HH_FILLED * width) / multiple) * multiple, width
 
 
 def placed(shapes, shardings):
@@ -174,3 +218,14 @@ def extent(mesh) -> dict[str, dict[int, int]]:
         places = list(zip(*(tuple(d.coords) for d in line.flat)))
         found[axis] = {dim: len(set(at)) for dim, at in enumerate(places) if len(set(at)) > 1}
     return found
+
+
+def bytes_per_device(tree, shardings) -> int:
+    """Bytes that one device holds of a tree of shapes under matching shardings."""
+    sizes = jax.tree.map(lambda x, s: int(np.prod(s.shard_shape(x.shape))) * _item_bytes(x.dtype), tree, shardings)
+    return sum(jax.tree.leaves(sizes))
+
+
+def _item_bytes(dtype) -> int:
+    """Bytes of an element; a typed PRNG key is two words."""
+    return 8 if jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key) else np.dtype(dtype).itemsize

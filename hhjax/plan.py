@@ -1,33 +1,25 @@
 """--dry-run: what a run would do, without allocating it: shapes, parameters, shardings, tokens, FLOPs, memory."""
 
-import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from hhjax import roofline
-from hhjax.data.packing import MOST, STEP
 from hhjax.data.tokenizer import load_tokenizer
 from hhjax.experiment import Run
 from hhjax.io.bucket import address_of, is_done
 from hhjax.io.models import open_model
 from hhjax.loops.phases import iteration_flops, ppo_optimizer, ppo_shardings, roles
+from hhjax.loops.supervised import compute_dtype
+from hhjax.lowering import Step, batch_shape, bytes_per_device, lower_update, ppo_phase
 from hhjax.model.sizes import matmul_params, model_config
 from hhjax.model.transformer import ModelConfig, make_model
 from hhjax.placing import place
 from hhjax.sharding import batch_ways, check_batch, make_mesh, param_shardings
 from hhjax.stages import DEFAULT_SIZE, PM, PPO, Stage, Tokenizer, Training, split_step
 from hhjax.train.state import init_state, make_optimizer, state_shardings
-from hhjax.train.step import make_train_step, shard_step
-from hhjax.types import PackedPairs, Pairs, Tokens
-
-# Pairs of helpful-base and harmless-base (3,694, in 8,192 pieces), which stand for a PM's own, since no data is read here. At a seq_len
-# of 256, 512 and 1,024 PackedSource gives them rows of 512, 768 and 1,280 tokens, a pair 193, 228 and 234 tokens (the long ones have lost
-# the start of their prompts), and fills 0.93 of as many rows as a batch of 32 needs, before that number is made to divide by the mesh.
-HH_PAIR, HH_SHORT, HH_REPLY, HH_FILLED = 234, 0.75, 256, 0.93
 
 
 def describe(run: Run, out: Path, data_dir: Path | None = None, only: str | None = None) -> str:
@@ -88,42 +80,6 @@ def update_work(stage: Training, cfg: ModelConfig, ways: int) -> tuple[tuple[int
     return (rows, width), roofline.pm_step_flops(cfg, rows, width, logits)
 
 
-def batch_shape(stage: Training, ways: int) -> tuple[int, int]:
-    """(rows, width) of all that an update reads: of a PM both rows of every pair, or what `PackedSource` would make of pairs like HH's."""
-    if not isinstance(stage, PM):
-        return stage.batch_size, stage.seq_len
-    if not stage.packed:
-        return 2 * stage.batch_size, stage.seq_len
-    width = -(-min(2 * stage.seq_len, stage.seq_len + HH_REPLY) // STEP) * STEP
-    tokens, multiple = stage.batch_size * min(HH_PAIR, HH_SHORT * stage.seq_len), ways * stage.micro_batches
-    return math.ceil(tokens / (HH_FILLED * width) / multiple) * multiple, width
-
-
-def lower_update(stage: Training, model, optimizer, shardings, mesh):
-    """The stage's update at its widest batch, as `loops/supervised.py` jits it, traced and lowered for the mesh's devices."""
-    state = jax.eval_shape(lambda k: init_state(model.init(k), optimizer, k), jax.random.key(0))
-    step = make_train_step(stage.objective(model, stage.loss), optimizer, stage.micro_batches)
-    return shard_step(step, shardings, mesh).lower(state, batch_shapes(stage, batch_ways(mesh)))
-
-
-def batch_shapes(stage: Training, ways: int) -> Tokens | Pairs | PackedPairs:
-    """The batch of an update, without its numbers."""
-    rows, width = batch_shape(stage, ways)
-    if not isinstance(stage, PM):
-        return token_shapes(rows, width)
-    if not stage.packed:
-        tokens = token_shapes(stage.batch_size, width)
-        return Pairs(tokens, tokens, jax.ShapeDtypeStruct((stage.batch_size,), jnp.float32))
-    tokens, pairs = jax.ShapeDtypeStruct((rows, width), jnp.int32), (rows, min(MOST, stage.batch_size))
-    ends, weight = jax.ShapeDtypeStruct((*pairs, 2), jnp.int32), jax.ShapeDtypeStruct(pairs, jnp.float32)
-    return PackedPairs(tokens, tokens, tokens, tokens, ends, weight)
-
-
-def token_shapes(rows: int, width: int) -> Tokens:
-    count = jax.ShapeDtypeStruct((rows,), jnp.int32)
-    return Tokens(jax.ShapeDtypeStruct((rows, width), jnp.int32), count, count)
-
-
 def describe_ppo(stage: PPO, configs: dict[str, ModelConfig]) -> Iterator[str]:
     """Models by role, state, and the work of an iteration at full length."""
     mesh = make_mesh(stage.mesh)
@@ -146,17 +102,14 @@ def describe_ppo(stage: PPO, configs: dict[str, ModelConfig]) -> Iterator[str]:
     cache = 2 * models["policy"].config.layers * stage.batch_size * configs["policy"].kv_heads * width * configs["policy"].head_dim * 4
     yield f"state     {bytes_per_device(state, shardings) / 2**20:,.1f} MiB a device (f32 weights and two moments of what is trained)"
     yield f"cache     {cache / 2**20 / batch_ways(mesh):,.1f} MiB a device while sampling (f32)"
+    yield f"metrics   {', '.join(sorted(update_metrics(stage, configs, mesh)))}"
 
 
-def bytes_per_device(tree, shardings) -> int:
-    """Bytes that one device holds of a tree of shapes under matching shardings."""
-    sizes = jax.tree.map(lambda x, s: int(np.prod(s.shard_shape(x.shape))) * _item_bytes(x.dtype), tree, shardings)
-    return sum(jax.tree.leaves(sizes))
-
-
-def _item_bytes(dtype) -> int:
-    """Bytes of an element; a typed PRNG key is two words."""
-    return 8 if jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key) else np.dtype(dtype).itemsize
+def update_metrics(stage: PPO, configs: dict[str, ModelConfig], mesh):
+    """The metrics of a PPO stage's update, as shapes: all phases are traced, so that a loss that does not run says so here."""
+    decode = make_mesh(stage.rollout_mesh) if stage.rollout_mesh else mesh
+    update, inputs = ppo_phase(Step("", stage, configs, "update"), mesh, decode, compute_dtype(stage.run, mesh))
+    return jax.eval_shape(update, *inputs)[1]
 
 
 def architectures(stages: Mapping[str, Stage], folder: Callable) -> Callable[[str], ModelConfig]:

@@ -1,6 +1,6 @@
 """Paper Figure 9: accuracy against the difference of scores, beside 1/(1+exp(-difference)).
 
-    python scripts/plot_calibration.py OUT/experiments/pm_hh.json [--only GLOB] [--stage GLOB] [--to FOLDER]
+    python scripts/plot_calibration.py OUT/experiments/pm_hh.json [--only GLOB] [--stage GLOB,...] [--to FOLDER]
 """
 
 from hhjax.analysis.figures import calibration_figure

@@ -1,6 +1,6 @@
 """Paper Figures 4, 13, 33: reward on train and test PMs against samples and sqrt(KL), with a linear fit.
 
-    python scripts/plot_reward_vs_sqrt_kl.py OUT/experiments/rlhf_hh.json ... [--only GLOB] [--stage GLOB] [--most X] [--to FOLDER]
+    python scripts/plot_reward_vs_sqrt_kl.py OUT/experiments/rlhf_hh.json ... [--only GLOB] [--stage GLOB,...] [--most X] [--to FOLDER]
 """
 
 import argparse

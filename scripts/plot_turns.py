@@ -1,6 +1,6 @@
 """Paper Figure 8: test pairs and accuracy by turn of the dialogue.
 
-    python scripts/plot_turns.py OUT/experiments/pm_hh.json [--only GLOB] [--stage GLOB] [--to FOLDER]
+    python scripts/plot_turns.py OUT/experiments/pm_hh.json [--only GLOB] [--stage GLOB,...] [--to FOLDER]
 """
 
 from hhjax.analysis.figures import turn_figure

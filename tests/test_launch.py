@@ -80,6 +80,10 @@ def test_stages_run_in_order_once_and_are_shared(chain, capsys):
     # A second run of the same file trains only what another seed needs; the tokenizer is shared.
     assert launch.run(["chain.py"]) == 0
     assert "chain:seed=1: tok is done" in capsys.readouterr().out
+    made = json.loads((stages["tok"] / "env.json").read_text()) | {"git_commit": "0123456789"}
+    (stages["tok"] / "env.json").write_text(json.dumps(made))
+    assert launch.run(["chain.py", "--stage", "tok"]) == 0
+    assert f"{stages['tok'].name}, made at commit 0123456)" in capsys.readouterr().out.replace("runs/tokenizer/", "")
     assert [starts(f) for f in stages.values()] == [1, 1, 1]
     index = json.loads((chain / "runs/experiments/chain.json").read_text())["runs"]
     assert index["seed=1"]["tok"] == index["seed=0"]["tok"] and index["seed=1"]["lm"] != index["seed=0"]["lm"]

@@ -5,7 +5,7 @@ from dataclasses import replace
 import jax
 import pytest
 
-from hhjax import plan, roofline
+from hhjax import lowering, plan, roofline
 from hhjax.data.comparisons import ComparisonData, load_comparisons
 from hhjax.data.packing import PackedSource
 from hhjax.data.sources import TextData
@@ -14,6 +14,7 @@ from hhjax.experiment import Experiment, Run
 from hhjax.model.generate import Sampling
 from hhjax.model.sizes import model_config
 from hhjax.model.transformer import make_model
+from hhjax.objectives.ppo import ppo_objective
 from hhjax.sharding import MeshConfig, make_mesh, param_shardings
 from hhjax.stages import LM, PM, PPO, Evaluate, Tokenizer
 from hhjax.train.state import make_optimizer, state_shardings
@@ -93,6 +94,13 @@ def test_a_ppo_stage_in_numbers():
     assert f"state     {12 * (count(big) + count(small)) / 2**20:,.1f} MiB" in said
     assert "64 prompts of 96 tokens and 32 new ones: 8,192 positions" in said and "10 iterations of 8 updates" in said
     assert f"cache     {2 * 3 * 64 * 192 * 128 * 4 / 2**20 / 8:,.1f} MiB" in said  # keys and values, f32, split 8 ways
+    assert "metrics   clip_fraction, " in said and "first_log_ratio_max" in said
+
+    def misspelt(actor, cfg):
+        return ppo_objective(actor, cfg, lambda logp, rollout, cfg: -logp * rollout.advantagez)
+
+    with pytest.raises(AttributeError, match="advantagez"):  # before a language model is trained for it
+        list(plan.describe_ppo(replace(stage, objective=misspelt), configs))
 
 
 @pytest.mark.parametrize(("seq_len", "width", "rows"), [(256, 512, (13, 16, 32)), (512, 768, (11, 16, 32)), (1024, 1280, (7, 8, 32))])
@@ -100,9 +108,9 @@ def test_packed_pairs_are_planned_as_those_of_hh_were_laid_out(seq_len, width, r
     """PackedSource on helpful-base and harmless-base, batches of 32 pairs, whose rows divide by 1, 8 and 32: most batches had 13, 16, 32
     rows at a seq_len of 256; 10 or 11, 16, 32 at 512; 6 or 7, 8, 32 at 1,024."""
     stage = PM("pm", tokenizer="a/folder", seq_len=seq_len, batch_size=32, steps=1)
-    assert [plan.batch_shape(stage, ways) for ways in (1, 8, 32)] == [(n, width) for n in rows]
+    assert [lowering.batch_shape(stage, ways) for ways in (1, 8, 32)] == [(n, width) for n in rows]
     cut = replace(stage, micro_batches=4)
-    assert plan.batch_shape(cut, 8) == (32, width)
+    assert lowering.batch_shape(cut, 8) == (32, width)
     (shape, flops), cfg = plan.update_work(stage, model_config("0.1M", 320), 8), model_config("0.1M", 320)
     assert flops == roofline.pm_step_flops(cfg, *shape)
 
@@ -112,7 +120,7 @@ def test_the_packed_layout_is_what_is_compiled(tiny_data, tiny_tokenizer):
     stage = PM("pm", tokenizer="a/folder", model="0.1M", seq_len=64, batch_size=32, steps=1, micro_batches=2)
     rows, _ = load_comparisons(PAIRS, "train", tiny_data)
     real = PackedSource(rows, load_tokenizer(tiny_tokenizer), 64, 32, multiple=16).batch(0, 0)
-    planned = plan.batch_shapes(stage, 8)
+    planned = lowering.batch_shapes(stage, 8)
     assert jax.tree.map(lambda x: x.dtype, real) == jax.tree.map(lambda x: x.dtype, planned)
     assert planned.tokens.shape == (16, 128) and planned.ends.shape == (16, 16, 2) and real.ends.shape[1:] == planned.ends.shape[1:]
     said = lines_of(stage, model_config("0.1M", 320))
@@ -121,6 +129,6 @@ def test_the_packed_layout_is_what_is_compiled(tiny_data, tiny_tokenizer):
     model, optimizer = make_model(model_config("0.1M", 320), mesh, stage.run), make_optimizer(stage.optim, 1)
     shapes = jax.eval_shape(model.init, jax.random.key(0))
     shardings = state_shardings(optimizer, shapes, param_shardings(model.axes(), shapes, mesh), mesh)
-    compiled = plan.lower_update(stage, model, optimizer, shardings, mesh).compile()
+    compiled = lowering.lower_update(stage, model, optimizer, shardings, mesh).compile()
     found = [x.shape for x in jax.tree.leaves(compiled.args_info[0][1])]
     assert found == [x.shape for x in planned]

@@ -15,7 +15,7 @@ def plot(figure: Callable, name: str, description: str, load: Callable = load_re
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("index", type=Path, nargs="+", help="OUT/experiments/<experiment>.json; several are drawn as one")
     parser.add_argument("--only", default="*", help="runs whose names match")
-    parser.add_argument("--stage", default="*", help="stages whose names match")
+    parser.add_argument("--stage", default="*", help="stages whose names match one of these, parted by commas")
     parser.add_argument("--to", type=Path, help="folder for the figure")
     options = parser.parse_args()
     first = options.index[0]

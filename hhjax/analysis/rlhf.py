@@ -12,6 +12,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from hhjax.analysis.figures import COLORS, Line, finish, shared_legend
+from hhjax.analysis.runs import matches
 from hhjax.io.metrics import read_rows
 
 WINDOW = 11  # iterations that a point of a smoothed curve is a mean of
@@ -62,7 +63,7 @@ def load_curves(index: Path, only: str = "*", stage: str = "*") -> tuple[list[Cu
     curves, best = [], []
     for run, stages in found["runs"].items():
         called = {folder: name for name, folder in stages.items()}
-        chosen = {name: folder for name, folder in stages.items() if fnmatch(run, only) and fnmatch(name, stage)}
+        chosen = {name: folder for name, folder in stages.items() if fnmatch(run, only) and matches(name, stage)}
         policies = [name for name, folder in chosen.items() if folder.startswith("ppo/")]
         for name, folder in chosen.items():
             if folder.startswith("ppo/") and (rows := [r for r in read_rows(out / folder / "metrics.jsonl") if "score" in r]):
@@ -222,7 +223,7 @@ def reward_figure(curves: Sequence[Curve], best: Sequence[Best], path: Path, mos
             panels["sqrt_kl"].append(Line(f"{stage.run}: best of n, {pm}", stage.sqrt_kl, score, score, score))
         found.append(f"Best of {stage.ns[-1]} gains {', '.join(f'{s[-1]:+.2f} on {pm}' for pm, s in stage.scores.items())} "
                      f"at sqrt(KL) {stage.sqrt_kl[-1]:.2f}.")  # fmt: skip
-    axes[0].set(xlabel="samples", ylabel="PM score above the initial policy's")
+    axes[0].set(xlabel="samples", ylabel=f"PM score above the initial policy's\n(curves: means of {WINDOW} iterations; thin line: the fit on train)")
     axes[1].set(xlabel=r"$\sqrt{D_{KL}(\pi \| \pi_0)}$, $\sqrt{nats}$")
     for ax in axes:
         ax.spines[["top", "right"]].set_visible(False)

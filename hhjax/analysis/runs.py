@@ -38,9 +38,14 @@ def find_stages(index: Path, kind: str, only: str = "*", stage: str = "*") -> li
     out, found = index.parent.parent, {}
     for run, stages in json.loads(index.read_text())["runs"].items():
         for name, folder in stages.items():
-            if folder.startswith(f"{kind}/") and fnmatch(run, only) and fnmatch(name, stage):
+            if folder.startswith(f"{kind}/") and fnmatch(run, only) and matches(name, stage):
                 found.setdefault(folder, (run, name, out / folder))
     return list(found.values())
+
+
+def matches(stage: str, globs: str) -> bool:
+    """Whether a stage's name matches one of the globs, which commas part."""
+    return any(fnmatch(stage, each) for each in globs.split(","))
 
 
 def finished_stages(index: Path, kind: str, only: str = "*", stage: str = "*") -> list[tuple[str, str, Path]]:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from hhjax.data.records import DataError, DataReport, Malformed, is_record_file, read_records
-from hhjax.data.sources import find_data_dir, find_source
+from hhjax.data.sources import data_notes, find_source
 from hhjax.data.transcripts import (ASSISTANT, HUMAN, OPEN_REPLY, Turn, canonical, has_marker, parse_transcript, render,
                                     split_pair)
 
@@ -262,7 +262,7 @@ def _read_sides(data: ComparisonData, data_dir) -> tuple[list, list, DataReport]
     A source without test rows of its own is split by the hash of its openings, except those that another source trains on: fresh replies
     to the training prompts of a tranche are for training beside it.
     """
-    train, test, lone, report = [], [], [], DataReport(notes=[find_data_dir(data_dir)[1]])
+    train, test, lone, report = [], [], [], DataReport(notes=data_notes(data.sources, data_dir))
     for number, name in enumerate(data.sources):
         source = find_source(name, data_dir)
         weight = data.loss_weights[number] if data.loss_weights else 1.0

@@ -7,7 +7,7 @@ import logging
 import os
 import re
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -98,7 +98,13 @@ def find_data_dir(data_dir: str | Path | None = None) -> tuple[Path | None, str]
             return Path(asked), f"data from {asked} ({origin})"
     if Path("data").is_dir():
         return Path("data"), "data from ./data"
-    return None, f"no data folder: tranches of HH, where they are named, come from {hub_repo()} on the hub"
+    return None, f"no data folder: tranches of HH come from {hub_repo()} on the hub"
+
+
+def data_notes(sources: Sequence[str], data_dir: str | Path | None = None) -> list[str]:
+    """What a run says of where these sources come from, which is nothing where there is no data folder and none of them is of the hub."""
+    folder, line = find_data_dir(data_dir)
+    return [line] if folder or any(name in TRANCHES for name in sources) else []
 
 
 def hub_repo() -> str:
@@ -149,7 +155,8 @@ def load_documents(data: TextData, data_dir: str | Path | None = None, split: st
     """
     if split not in ("train", "test"):
         raise DataError(f"split {split!r}: use 'train' or 'test'")
-    log.info("%s", find_data_dir(data_dir)[1])
+    for note in data_notes(data.sources, data_dir):
+        log.info("%s", note)
     files = ((name, file) for name in data.sources for file in _text_files(name, data_dir))
     documents = [document for name, file in files for document in _read_text(name, file)]
     side = [doc for doc in documents if (_hash(doc.text) % VALIDATION_SHARE == 0) == (split == "test")]

@@ -95,6 +95,14 @@ def environment(folder: Path) -> dict:
     }
 
 
+def other_commit(folder: Path) -> str | None:
+    """The commit that a run directory was made at, where both it and the source's present one are known and differ."""
+    path = folder / "env.json"
+    made = json.loads(path.read_text()).get("git_commit") if path.is_file() else None
+    now = (git(Path(__file__).parent, "rev-parse", "HEAD") or "").strip()
+    return made if made and now and made != now else None
+
+
 def git(where: Path, *args: str) -> str | None:
     """The output of a git command, or None where there is no git or no repository."""
     try:

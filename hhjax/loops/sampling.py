@@ -155,10 +155,10 @@ def run_best_of_n(stage: BestOfN, ctx: StageContext) -> None:
         table.append({"n": n, "kl": best_of_n_kl(n), "scores": ends})
     (ctx.dir / "evals").mkdir(exist_ok=True)
     write_atomically(ctx.dir / "evals" / "best_of_n.json", json.dumps({"prompts": len(chosen), "rows": table}, indent=1))
-    lines = [f"{'n':>4}{'KL':>8}" + "".join(f"{name:>18}" for name in by_pm)]
+    lines = [f"{'n':>4}{'KL':>8}" + "".join(f"{name:>21}" for name in by_pm)]
     for row in table:
         cells = (f"{s['mean']:+.3f} ± {s['se'] or 0:.3f}" for s in row["scores"].values())
-        lines.append(f"{row['n']:>4}{row['kl']:>8.3f}" + "".join(f"{cell:>18}" for cell in cells))
+        lines.append(f"{row['n']:>4}{row['kl']:>8.3f}" + "".join(f"{cell:>21}" for cell in cells))
     text = "\n".join([f"best of n by {stage.reward}, {len(chosen)} held-out prompts, PM score above one reply's, ± standard error", *lines])
     write_atomically(ctx.dir / "evals" / "table.txt", text + "\n")
     print(text)

@@ -116,6 +116,7 @@ def test_policies_of_one_run_are_told_apart(index, read, tmp_path):
 def test_runs_and_stages_are_chosen_by_name(index):
     curves, best = load_curves(index, "*seed=0", "p*")
     assert [c.run for c in curves] == ["lm.model=0.4M,seed=0"] and not best
+    assert load_curves(index, "*seed=0", "best,p*")[1]
     with pytest.raises(ValueError, match="that matches '[*]', 'best' has rows yet"):
         load_curves(index, stage="best")
 

@@ -63,7 +63,7 @@ def test_a_tranche_from_the_hub_is_kept_and_said(hub):
     data = ComparisonData(("helpful-base", "helpful-online"))
     train, report = load_comparisons(data, "train")
     assert len(train) == 16 and len(load_comparisons(data, "test")[0]) == 6
-    assert report.notes[0] == f"no data folder: tranches of HH, where they are named, come from {hub} on the hub" and "official files of" in report.notes[1]
+    assert report.notes[0] == f"no data folder: tranches of HH come from {hub} on the hub" and "official files of" in report.notes[1]
     files = data_files(data)
     assert [file.name for file in files] == ["train.jsonl.gz", "test.jsonl.gz"] * 2
     before = [file.read_bytes() for file in files]

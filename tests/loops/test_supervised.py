@@ -223,7 +223,7 @@ def test_a_pm_starts_from_a_hugging_face_folder(tiny_data, hugging_face_folder, 
     assert abs(first - np.log(2)) < 1e-6 and second != first
 
 
-def test_an_exported_model_is_the_same_model(pipeline, tmp_path):
+def test_an_exported_model_is_the_same_model(pipeline, tmp_path, capsys):
     with pytest.raises(SystemExit) as end:
         cli.main(["export", str(pipeline["lm"]), str(tmp_path / "out")])
     assert end.value.code == 0
@@ -235,6 +235,10 @@ def test_an_exported_model_is_the_same_model(pipeline, tmp_path):
     with pytest.raises(SystemExit) as end:
         cli.main(["export", str(pipeline["lm"]), str(tmp_path / "out")])
     assert end.value.code == 2
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as end:
+        cli.main(["export", str(pipeline["pm"]), str(tmp_path / "scorer")])
+    assert end.value.code == 0 and "is a preference model" in capsys.readouterr().err
 
 
 def test_held_out_rows_count_once_each(tiny_data, tiny_tokenizer, tmp_path):
