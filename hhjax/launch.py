@@ -13,7 +13,8 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from hhjax.cluster import agreed, first_process, is_one_of_many, join_cluster
@@ -25,7 +26,7 @@ from hhjax.io.bucket import address_of, is_done
 from hhjax.io.files import POINTER, is_remote, write_atomically
 from hhjax.io.lock import Held, read_lock
 from hhjax.io.metrics import read_events, write_event
-from hhjax.io.rundir import other_commit, write_start
+from hhjax.io.rundir import other_source, write_start
 from hhjax.placing import Placed, place, read_config
 from hhjax.stages import Diverged, Preempted, StageContext, split_step
 
@@ -87,6 +88,8 @@ def run_here(command: Command) -> int:
         chosen_stages(each, stages, launch.stage)
     if first_process():
         write_index(command, placed)
+        if not launch.share:  # the parent of processes that share has said it
+            tell_of_other_source(p.dir for each, stages in placed for p in chosen_stages(each, stages, launch.stage))
     if launch.share:
         share_stages(command, placed, should_stop)
         return DONE
@@ -135,6 +138,13 @@ def raised_by_us(error: BaseException) -> bool:
 # Stages ---------------------------------------------------------------------------------------------------------------
 
 
+def tell_of_other_source(folders: Iterable[Path]) -> None:
+    """Says how many finished stages were last started with other source than this: the library's own code is no part of a stage's identity."""
+    for other, count in Counter(other_source(folder) for folder in set(folders) if is_done(folder)).items():
+        if other:
+            tell(f"finished stages last started at commit {other}: {count}, which stay as they are; for new ones choose another --out")
+
+
 def run_stage(command: Command, run: Run, placed: Placed, should_stop: Callable[[], bool], wait: bool = True) -> None:
     """Brings one stage to DONE, unless it is; waits for another process that is at it, or raises Held.
 
@@ -142,8 +152,7 @@ def run_stage(command: Command, run: Run, placed: Placed, should_stop: Callable[
     """
     stage, folder = placed.stage, placed.dir
     if agreed(is_done(folder)):
-        other = other_commit(folder)  # the library's own code is no part of a stage's identity
-        tell(f"{run.full_name}: {stage.name} is done ({address_of(folder)}{f', made at commit {other[:7]}' if other else ''})")
+        tell(f"{run.full_name}: {stage.name} is done ({address_of(folder)})")
         return
     for ref, parent in placed.parents.items():
         is_stage = split_step(ref)[0] in placed.after or "id" in read_config(parent)

@@ -1,6 +1,7 @@
 """--dry-run: what a run would do, without allocating it: shapes, parameters, shardings, tokens, FLOPs, memory."""
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -12,8 +13,9 @@ from hhjax.experiment import Run
 from hhjax.io.bucket import address_of, is_done
 from hhjax.io.models import open_model
 from hhjax.loops.phases import iteration_flops, ppo_optimizer, ppo_shardings, roles
+from hhjax.loops.sampling import check_sampling
 from hhjax.loops.supervised import compute_dtype
-from hhjax.lowering import Step, batch_shape, bytes_per_device, lower_update, ppo_phase
+from hhjax.lowering import Step, batch_shape, batch_shapes, bytes_per_device, lower_update, ppo_phase
 from hhjax.model.sizes import matmul_params, model_config
 from hhjax.model.transformer import ModelConfig, make_model
 from hhjax.placing import place
@@ -25,7 +27,8 @@ from hhjax.train.state import init_state, make_optimizer, state_shardings
 def describe(run: Run, out: Path, data_dir: Path | None = None, only: str | None = None) -> str:
     """Every stage of a run as text, or the one of this name. Nothing is read but data hashes and finished parents' configs; no array is made.
 
-    Raises ConfigError and ValueError as the run itself would: a mesh that does not fit, a batch that does not divide.
+    Raises ConfigError and ValueError as the run itself would: a mesh that does not fit, a batch that does not divide. And whatever a loss
+    raises: each is traced.
     """
     if only is not None:
         run.experiment.stage(only)
@@ -67,6 +70,9 @@ def describe_training(stage: Training, cfg: ModelConfig) -> Iterator[str]:
     length = f"{stage.steps:,} updates" if stage.steps else f"{stage.epochs:g} epochs"
     yield f"length    {length}; {flops:.3g} FLOPs an update" + (f", {flops * stage.steps:.3g} in all" if stage.steps else "")
     yield f"state     {bytes_per_device(state, shardings) / 2**20:,.1f} MiB a device (f32 weights and two moments)"
+    if isinstance(stage, PM) and stage.packed:  # held-out comparisons have rows of their own, which a changed loss must know too
+        held_out = batch_shapes(replace(stage, packed=False), batch_ways(mesh))
+        jax.eval_shape(stage.objective(model, stage.loss), shapes, held_out, jax.eval_shape(lambda: jax.random.key(0)))
     memory = lower_update(stage, model, optimizer, shardings, mesh).compile().memory_analysis()
     yield f"compiled  {memory.temp_size_in_bytes / 2**20:,.1f} MiB of temporaries a device, besides the state"
 
@@ -84,6 +90,7 @@ def describe_ppo(stage: PPO, configs: dict[str, ModelConfig]) -> Iterator[str]:
     """Models by role, state, and the work of an iteration at full length."""
     mesh = make_mesh(stage.mesh)
     check_batch(stage.batch_size // (stage.minibatches * stage.micro_batches), mesh)
+    check_sampling(stage, make_mesh(stage.rollout_mesh or stage.mesh))
     models = {role: make_model(cfg, mesh, stage.run) for role, cfg in configs.items()}
     shapes = {role: jax.eval_shape(model.init, jax.random.key(0)) for role, model in models.items()}
     optimizer = ppo_optimizer(stage)
@@ -102,7 +109,7 @@ def describe_ppo(stage: PPO, configs: dict[str, ModelConfig]) -> Iterator[str]:
     cache = 2 * models["policy"].config.layers * stage.batch_size * configs["policy"].kv_heads * width * configs["policy"].head_dim * 4
     yield f"state     {bytes_per_device(state, shardings) / 2**20:,.1f} MiB a device (f32 weights and two moments of what is trained)"
     yield f"cache     {cache / 2**20 / batch_ways(mesh):,.1f} MiB a device while sampling (f32)"
-    yield f"metrics   {', '.join(sorted(update_metrics(stage, configs, mesh)))}"
+    yield f"update    logs {', '.join(sorted(update_metrics(stage, configs, mesh).keys() - {'weight'}))}"
 
 
 def update_metrics(stage: PPO, configs: dict[str, ModelConfig], mesh):

@@ -25,6 +25,7 @@ def run(argv: Sequence[str]) -> int:
     try:
         with launch.at_hand(command) as here:
             folders = {p.dir for r in command.runs for p in place(r, Path(here.launch.out), options.data_dir)}
+            launch.tell_of_other_source(folders)
             workers += (Worker([*without(argv, ("--jobs",)), "--share"]) for _ in range(options.jobs))
             return watch(workers, folders)
     except (Stopped, KeyboardInterrupt):

@@ -24,7 +24,7 @@ by libtpu {libtpu} and jax {jax} on a machine without a TPU. **Nothing here was 
   tokens of prompt and 128 of reply, separate value network, one epoch); both with every block recomputed in the backward pass. The
   language model's 400 billion tokens in batches of a million are there to show what pretraining would cost.
 - A PM's pairs lie end to end in rows of 1,280 tokens, at least one row a way of the mesh. How many they fill is assumed to be as with
-  HH's (`hhjax/plan.py`): 7, of which whole multiples of data x fsdp are computed: 8, 16 or 32. *tokens/s* counts all positions of them.
+  HH's (`hhjax/lowering.py`): 7, of which whole multiples of data x fsdp are computed: 8, 16 or 32. *tokens/s* counts all positions of them.
 - *PPO's* replies are planned at full length, two to a row of 520 positions, where packing saves nothing and attention looks over twice the width.
 - *mesh* is data x fsdp x tensor; PPO samples on a mesh of its own, in brackets: weights are resharded once an iteration, in bf16.
 - *GiB* is what a device holds at the worst moment, state of phases that wait included, of what its compiler calls available.

@@ -1,6 +1,6 @@
 """Paper Figure 7: test accuracy against the number of comparisons and against model size.
 
-    python scripts/plot_accuracy.py OUT/experiments/pm_sizes.json [--only GLOB] [--to FOLDER]
+    python scripts/plot_accuracy.py OUT/experiments/pm_sizes.json [--only GLOB] [--stage GLOB,...] [--to FOLDER]
 """
 
 from hhjax.analysis.figures import accuracy_figure

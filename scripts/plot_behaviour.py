@@ -1,6 +1,6 @@
 """What policies do before and after (paper Figure 1, section 4.4): behaviours that the clinic's gold names, or habits of wording.
 
-    python scripts/plot_behaviour.py OUT/experiments/clinic_tension.json [--only GLOB] [--to FOLDER]
+    python scripts/plot_behaviour.py OUT/experiments/clinic_tension.json [--only GLOB] [--stage GLOB,...] [--to FOLDER]
 """
 
 from hhjax.analysis.plotting import plot

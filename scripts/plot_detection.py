@@ -1,6 +1,6 @@
 """Paper Figure 22: out-of-distribution scores of harmful prompts from activations.
 
-    python scripts/plot_detection.py OUT/experiments/clinic_tax.json [--only GLOB] [--to FOLDER]
+    python scripts/plot_detection.py OUT/experiments/clinic_tax.json [--only GLOB] [--stage GLOB,...] [--to FOLDER]
 """
 
 from hhjax.analysis.plotting import plot

@@ -14,7 +14,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("index", type=Path, nargs="+", help="OUT/experiments/<experiment>.json; several are drawn as one")
     parser.add_argument("--only", default="*", help="runs whose names match")
-    parser.add_argument("--stage", default="*", help="stages whose names match")
+    parser.add_argument("--stage", default="*", help="stages whose names match one of these, parted by commas")
     parser.add_argument("--most", type=float, default=np.inf, help="fit up to this sqrt(KL)")
     parser.add_argument("--to", type=Path, help="folder for the figure")
     options = parser.parse_args()

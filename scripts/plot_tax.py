@@ -1,6 +1,6 @@
 """Paper Figure 3: what models know before and after RLHF, by size.
 
-    python scripts/plot_tax.py OUT/experiments/clinic_tax.json [--only GLOB] [--to FOLDER]
+    python scripts/plot_tax.py OUT/experiments/clinic_tax.json [--only GLOB] [--stage GLOB,...] [--to FOLDER]
 """
 
 from hhjax.analysis.plotting import plot

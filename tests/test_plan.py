@@ -15,6 +15,7 @@ from hhjax.model.generate import Sampling
 from hhjax.model.sizes import model_config
 from hhjax.model.transformer import make_model
 from hhjax.objectives.ppo import ppo_objective
+from hhjax.objectives.preference import preference_objective
 from hhjax.sharding import MeshConfig, make_mesh, param_shardings
 from hhjax.stages import LM, PM, PPO, Evaluate, Tokenizer
 from hhjax.train.state import make_optimizer, state_shardings
@@ -94,13 +95,25 @@ def test_a_ppo_stage_in_numbers():
     assert f"state     {12 * (count(big) + count(small)) / 2**20:,.1f} MiB" in said
     assert "64 prompts of 96 tokens and 32 new ones: 8,192 positions" in said and "10 iterations of 8 updates" in said
     assert f"cache     {2 * 3 * 64 * 192 * 128 * 4 / 2**20 / 8:,.1f} MiB" in said  # keys and values, f32, split 8 ways
-    assert "metrics   clip_fraction, " in said and "first_log_ratio_max" in said
+    assert "update    logs clip_fraction, " in said and "first_log_ratio_max" in said
 
     def misspelt(actor, cfg):
         return ppo_objective(actor, cfg, lambda logp, rollout, cfg: -logp * rollout.advantagez)
 
     with pytest.raises(AttributeError, match="advantagez"):  # before a language model is trained for it
         list(plan.describe_ppo(replace(stage, objective=misspelt), configs))
+    with pytest.raises(ValueError, match=r"batch 4 is not divisible by data\*fsdp=8"):
+        list(plan.describe_ppo(replace(stage, batch_size=4, minibatches=1, mesh=MeshConfig(4, 1, 2), rollout_mesh=MeshConfig(8, 1, 1)), configs))
+
+
+def test_a_loss_must_know_both_layouts_of_pairs():
+    """A packed PM's held-out comparisons have rows of their own."""
+    def packed_only(model, cfg):
+        return lambda params, batch, key: preference_objective(model, cfg)(params, batch._replace(pair=batch.pair), key)
+
+    stage = PM("pm", tokenizer="a/folder", model="0.1M", seq_len=64, batch_size=16, steps=1, objective=packed_only)
+    with pytest.raises((AttributeError, ValueError), match="pair"):
+        list(plan.describe_training(stage, model_config("0.1M", 320)))
 
 
 @pytest.mark.parametrize(("seq_len", "width", "rows"), [(256, 512, (13, 16, 32)), (512, 768, (11, 16, 32)), (1024, 1280, (7, 8, 32))])

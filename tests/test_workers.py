@@ -19,7 +19,7 @@ from hhjax.stages import LM, Tokenizer
 
 TEXT = TextData(sources=("text.jsonl",))
 SHORT = dict(tokenizer="tok", model="0.1M", data=TEXT, batch_size=8, steps={steps}, seq_len=32, log_every=1, eval_rows=8)
-RUNS = Experiment("shared", (Tokenizer("tok", data=TEXT, vocab={vocab}), LM("a", **SHORT), LM("b", **SHORT | {{"epochs": 2.0}})))
+RUNS = Experiment("shared", (Tokenizer("tok", data=TEXT, vocab={vocab}), LM("a", **SHORT), LM("b", **SHORT | {{"seq_len": 24}})))
 '''
 
 

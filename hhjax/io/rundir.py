@@ -7,6 +7,7 @@ import shutil
 import socket
 import subprocess
 import time
+from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
@@ -74,8 +75,7 @@ def flat(value, prefix: str = "") -> dict:
 
 def environment(folder: Path) -> dict:
     """Versions, host and the state of the source; a dirty tree's diff goes to dirty.diff."""
-    here = Path(__file__).parent
-    diff = git(here, "diff", "HEAD") or ""
+    commit, diff = source_state()
     if diff:
         (folder / "dirty.diff").write_text(diff)
     versions = {}
@@ -89,18 +89,29 @@ def environment(folder: Path) -> dict:
         "versions": versions,
         "host": socket.gethostname(),
         "cpus": os.cpu_count(),
-        "git_commit": (git(here, "rev-parse", "HEAD") or "").strip() or None,
+        "git_commit": commit,
         "git_dirty": bool(diff),
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
     }
 
 
-def other_commit(folder: Path) -> str | None:
-    """The commit that a run directory was made at, where both it and the source's present one are known and differ."""
+@lru_cache
+def source_state() -> tuple[str | None, str]:
+    """(commit of this package's source, diff of what is not committed); (None, "") where its files are in no repository of their own."""
+    here = Path(__file__).parent
+    if git(here, "ls-files", "--error-unmatch", Path(__file__).name) is None:  # installed below somebody else's repository
+        return None, ""
+    return (git(here, "rev-parse", "HEAD") or "").strip() or None, git(here, "diff", "HEAD") or ""
+
+
+def other_source(folder: Path) -> str | None:
+    """The commit, in short, at which a run directory was last started, where its source was not the present one for certain: another
+    commit, or changes that are not committed, then or now."""
     path = folder / "env.json"
-    made = json.loads(path.read_text()).get("git_commit") if path.is_file() else None
-    now = (git(Path(__file__).parent, "rev-parse", "HEAD") or "").strip()
-    return made if made and now and made != now else None
+    made, (commit, diff) = json.loads(path.read_text()) if path.is_file() else {}, source_state()
+    if not (made.get("git_commit") and commit) or (made["git_commit"] == commit and not (made["git_dirty"] or diff)):
+        return None
+    return made["git_commit"][:7] + " with changes" * made["git_dirty"]
 
 
 def git(where: Path, *args: str) -> str | None:

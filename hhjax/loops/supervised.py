@@ -234,7 +234,7 @@ def load_sources(stage: Training, ctx: StageContext, tokenizer, ways: int = 1):
         write_event(ctx.dir, "data", rows=source.size, held_out=held_out.size, **details)
         if "report" in details:
             print(f"{replace(report, notes=[])}\n{source.truncated} pairs truncated, {source.too_long} left out: a reply is too long for seq_len")
-        looked = f", of which {stage.eval_rows} are looked at while it trains" if stage.eval_rows < held_out.size else ""
+        looked = f", of which {stage.eval_rows} are looked at" if stage.eval_rows < held_out.size else ""
         print(f"{stage.name}: {source.size} rows, {held_out.size} held out{looked}, {source.steps_per_epoch} steps an epoch")
     return source, held_out
 
