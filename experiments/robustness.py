@@ -3,8 +3,9 @@
 Question   Where do train-PM and test-PM scores part, by size of policy, of training PM and of test PM (section 4.2)?
 Figures    Reward against samples and against sqrt(KL) on train and test PMs (paper Figures 4, 13, 33).
 Expected   The paper: they agree up to about 150,000 samples at 52B; larger PMs are more robust. PMs of a few hundred
-           pairs are expected to part much earlier, and no gain from size was seen at these sizes.
-Cost       About 60 minutes on 2 cores at one seed for both scans: two language models, four PMs, three policies.
+           pairs part much earlier, and of PMs of 0.1M and 0.4M the larger is the more robust (results/rlhf_hh.md).
+Cost       Both scans, on 2 cores of 145 GFLOP/s: about 15 minutes a seed for three policies, besides two language models once and
+           four PMs a seed.
 Command    hhjax sweep experiments/robustness.py --jobs 1
            python scripts/plot_reward_vs_sqrt_kl.py runs/experiments/robustness.json
 """

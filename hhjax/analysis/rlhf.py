@@ -223,8 +223,8 @@ def reward_figure(curves: Sequence[Curve], best: Sequence[Best], path: Path, mos
             panels["sqrt_kl"].append(Line(f"{stage.run}: best of n, {pm}", stage.sqrt_kl, score, score, score))
         found.append(f"Best of {stage.ns[-1]} gains {', '.join(f'{s[-1]:+.2f} on {pm}' for pm, s in stage.scores.items())} "
                      f"at sqrt(KL) {stage.sqrt_kl[-1]:.2f}.")  # fmt: skip
-    axes[0].set(xlabel="samples", ylabel=f"PM score above the initial policy's\n(curves: means of {WINDOW} iterations; thin line: the fit on train)")
-    axes[1].set(xlabel=r"$\sqrt{D_{KL}(\pi \| \pi_0)}$, $\sqrt{nats}$")
+    axes[0].set(xlabel="samples", ylabel=f"PM score above the initial policy's\n(means of {WINDOW} iterations)")
+    axes[1].set(xlabel=r"$\sqrt{D_{KL}(\pi \| \pi_0)}$, $\sqrt{nats}$ (thin lines: fits on train)")
     for ax in axes:
         ax.spines[["top", "right"]].set_visible(False)
     claim = "Paper (Figs. 4, 13): reward grows about linearly in sqrt(KL); train and test PMs agree at first, then part."
