@@ -137,7 +137,7 @@ def _skip_line(file: BinaryIO, line: bytes) -> int:
 def _decode(line: bytes) -> object:
     """The JSON value of `line`, or the Malformed that says why there is none."""
     try:
-        return json.loads(line.removeprefix(codecs.BOM_UTF8).decode("utf-8"))
+        return json.loads(line.removeprefix(codecs.BOM_UTF8).decode("utf-8").rstrip())  # so that what ends too soon ends in its own line
     except UnicodeDecodeError as error:
         return Malformed("invalid UTF-8", f"byte {error.start + 1}")
     except json.JSONDecodeError as error:

@@ -38,7 +38,8 @@ class Bucket:
         try:
             self.files, root = fsspec.url_to_fs(self.address, **options)
         except (ImportError, ValueError) as error:
-            raise ConfigError(f"{address}: {error}") from None
+            remedy = ": pip install -e '.[gs]'" if address.startswith("gs://") and isinstance(error, ImportError) else ""
+            raise ConfigError(f"{address}: {error}{remedy}") from None
         self.root, self.sent, self.asked = root.rstrip("/"), {}, {}
 
     def at(self, path: Path) -> str:

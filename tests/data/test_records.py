@@ -40,6 +40,11 @@ def test_each_bad_line_is_named_and_the_rest_is_read(tmp_path):
         (2, "invalid JSON"), (3, "invalid UTF-8"), (4, "line over 1 MB"), (7, "invalid JSON"), (8, "invalid JSON")]
 
 
+def test_a_line_that_ends_too_soon_is_told_by_its_own_column(tmp_path):
+    (_, told), _ = read_records(write(tmp_path / "a.jsonl", b'{"chosen": "a"\n{"chosen": "b"}\n'))
+    assert str(told) == "invalid JSON (Expecting ',' delimiter, column 15)"
+
+
 def test_a_line_of_exactly_1_mb_is_read(tmp_path):
     line = b'"' + b"x" * (MAX_LINE - 3) + b'"\n'
     assert [len(row) for _, row in read_records(write(tmp_path / "a.jsonl", line))] == [MAX_LINE - 3]
