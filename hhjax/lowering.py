@@ -1,4 +1,4 @@
-"""A run's step functions lowered for devices that are not there, and what a device holds while each runs.
+"""A run's step functions and the shapes that go into them, lowered for devices that are here or not, and what a device holds while each runs.
 
 `lower` is called in the process that compiles (hhjax/aot.py); the rest needs no compiler.
 """
