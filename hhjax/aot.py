@@ -1,7 +1,7 @@
-"""Compiles a program for TPUs that are not there: libtpu's compiler in a process of its own, stopped once it has said enough.
+"""Compiles a program for TPUs or GPUs that are not there: their compiler in a process of its own, stopped once it has said enough.
 
 What is wanted stands after its optimisation passes: the program's text, the exact sizes of its buffers, and its warnings. Making
-machine code from them would take ten to thirty times as long and tell nothing new, so the process is ended there.
+machine code from them would take up to thirty times as long and tell nothing new, so the process is ended there.
 """
 
 import importlib.metadata
@@ -15,12 +15,45 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from hhjax.chips import Topology
 from hhjax.fields import ConfigError
 
-# Without a TPU: do not ask the cloud's metadata server, be a cluster of one, let several processes load the library.
-TPU_ENV = {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-           "TPU_STDERR_LOG_LEVEL": "1", "TPU_MIN_LOG_LEVEL": "1"}  # warnings, which tell of resharding  # fmt: skip
-LAST_DUMP = "*after_optimizations_after_buffer_assignment.txt"
+
+@dataclass(frozen=True)
+class Compiler:
+    """packages: any of them brings it; extra: of setup.cfg, which installs one. env: of the process that compiles. last: the file
+    that it writes when the others are complete."""
+
+    packages: tuple[str, ...]
+    extra: str
+    env: dict[str, str]
+    last: str
+
+    @property
+    def package(self) -> str:
+        """The one that is installed, "" where none is."""
+        return next((name for name in self.packages if importlib.util.find_spec(name)), "")
+
+    @property
+    def version(self) -> str:
+        return f"{self.package} {importlib.metadata.version(self.package.replace('_', '-'))}"
+
+
+WARN = {"TF_CPP_MIN_LOG_LEVEL": "1"}  # lets through what tells of resharding
+COMPILERS = {
+    # Without a TPU: do not ask the cloud's metadata server, be a cluster of one, let several processes load the library.
+    "tpu": Compiler(("libtpu",), "plan", {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+                    "TPU_STDERR_LOG_LEVEL": "1", "TPU_MIN_LOG_LEVEL": "1"}, "*after_optimizations_after_buffer_assignment.txt"),
+    "cuda": Compiler(("jax_cuda13_plugin", "jax_cuda12_plugin"), "cuda", {"CUDA_VISIBLE_DEVICES": "-1"} | WARN,
+                     "*after_optimizations-memory-usage-report.txt"),
+}  # fmt: skip
+# What XLA asks of a GPU. Hopper's own numbers, as it reports them of an H100 SXM; memory and its bandwidth are those of the chip.
+HOPPER = """gpu_device_info {{ threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152 shared_memory_per_core: 233472
+threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128 block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+memory_bandwidth: {bandwidth:.0f} l2_cache_size: 52428800 clock_rate_ghz: 1.98 device_memory_size: {memory:.0f}
+shared_memory_per_block_optin: 232448 cuda_compute_capability {{ major: 9 }} registers_per_core_limit: 65536 registers_per_block_limit: 65536 }}
+platform_name: "CUDA" dnn_version_info {{ major: 9 minor: 10 }} runtime_version {{ major: 12 minor: 9 }} device_description_str: "NVIDIA {kind}"
+"""
 
 
 @dataclass(frozen=True)
@@ -41,33 +74,39 @@ class Compiled:
     seconds: float
 
 
-def require_libtpu() -> None:
-    """Raises ConfigError where the compiler is not installed."""
-    if not importlib.util.find_spec("libtpu"):
-        raise ConfigError("compiling for a TPU needs libtpu, which is not installed: pip install -e '.[plan]'")
+def compiler_of(topology: Topology) -> Compiler:
+    return COMPILERS["tpu" if topology.chip.axes else "cuda"]
 
 
-def libtpu_version() -> str:
-    return importlib.metadata.version("libtpu")
+def topology_devices(topology: Topology) -> list:
+    """The topology's devices as jax knows them, which can be compiled for and not run on. Only for the process that compiles."""
+    from jax.experimental import topologies
+
+    if topology.chip.axes:
+        return topologies.get_topology_desc(topology_name=topology.name, platform="tpu").devices
+    hosts, per = topology.hosts
+    target = HOPPER.format(kind=topology.kind.upper(), bandwidth=topology.chip.bandwidth, memory=topology.chip.memory)
+    return topologies.get_topology_desc(platform="cuda", target_config=target, topology=f"1x{hosts}x{per}").devices
 
 
-def compile_for_tpu(build: Callable, *args, limit_s: float = 1800.0) -> Compiled:
-    """Calls build(*args) -> (jax.stages.Lowered for a TPU topology's devices, picklable facts) in a fresh process, and compiles.
+def compile_ahead(compiler: Compiler, build: Callable, *args, limit_s: float = 1800.0) -> Compiled:
+    """Calls build(*args) -> (jax.stages.Lowered for a topology's devices, picklable facts) in a fresh process, and compiles.
 
-    build and args are pickled. After limit_s it is given up, which is told as a failure. Raises ConfigError without libtpu and with what
+    build and args are pickled. After limit_s it is given up, which is told as a failure. Raises ConfigError without the compiler and with what
     build raised as ValueError; RuntimeError where the process died.
     """
-    require_libtpu()
+    if not compiler.package:
+        raise ConfigError(f"compiling ahead needs {compiler.packages[0]}, which is not installed: pip install -e '.[{compiler.extra}]'")
     server = multiprocessing.get_context("forkserver")  # forks a process that has imported jax and used no device
     server.set_forkserver_preload([__name__, build.__module__])
     began, facts, failure = time.monotonic(), {}, ""
     with tempfile.TemporaryDirectory(prefix="hhjax-plan-") as folder:
         ours, theirs = server.Pipe(duplex=False)
-        process = server.Process(target=_compile, args=(theirs, folder, build, args), daemon=True)
+        process = server.Process(target=_compile, args=(theirs, folder, compiler.env, build, args), daemon=True)
         process.start()
         theirs.close()
         try:
-            while not failure and not list(Path(folder).glob(LAST_DUMP)):
+            while not failure and not list(Path(folder).glob(compiler.last)):
                 if facts and time.monotonic() - began > limit_s:
                     failure = f"given up: the compiler had not finished after {limit_s:.0f} s"
                     break
@@ -114,14 +153,14 @@ def _tail(folder: str) -> str:
     return log.read_text(errors="replace")[-500:].strip() if log.is_file() else ""
 
 
-def _compile(pipe, folder: str, build: Callable, args) -> None:
+def _compile(pipe, folder: str, env: dict[str, str], build: Callable, args) -> None:
     """The other process: tells facts, then compiles with a dump to `folder`."""
     with open(Path(folder) / "log", "wb") as log:
         os.dup2(log.fileno(), 2)
-    os.environ |= TPU_ENV
+    os.environ |= env
     import jax
 
-    jax.config.update("jax_platforms", "cpu")  # libtpu must not look for a TPU of this machine
+    jax.config.update("jax_platforms", "cpu")  # it must not look for a device of this machine
     try:
         lowered, facts = build(*args)
         pipe.send(("facts", facts))

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from hhjax.fields import ConfigError, nearest
+from hhjax.process import GPU_MEMORY_SHARE
 
 GIB = 2**30
 
@@ -14,7 +15,8 @@ GIB = 2**30
 class Chip:
     """flops: bf16 peak, FLOP/s. memory: bytes of HBM that a program may use. bandwidth: of HBM, bytes/s. link: of one link to one
     neighbour, one way, bytes/s. All are a chip's; devices: how many of jax's devices share it. axes: dimensions of the
-    torus, 0 where there is none. cores: what the number in a name such as v5p-128 counts, per chip; 0: no such names."""
+    torus, 0 where there is none (GPUs). cores: what the number in a name such as v5p-128 counts, per chip; 0: no such names. host: GPUs
+    of a machine, which their links join; network: what each has to other machines, one way, bytes/s."""
 
     flops: float
     memory: float
@@ -23,21 +25,24 @@ class Chip:
     devices: int = 1
     axes: int = 3
     cores: int = 0
+    host: int = 0
+    network: float = 0.0
 
 
 # Peaks, HBM bandwidth and interconnect: docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x}, November 2026. Their bidirectional
 # bandwidth a chip (v5e 400, v6e 800, v5p and tpu7x 1200 GB/s) is shared by 4 or 6 links of two directions. v4's links: 50 GB/s
 # each way (Jouppi et al. 2023, arXiv 2304.01433). Usable memory: what the compiler of libtpu 0.0.52 calls available, which is
 # a little less than is built in (v4 32, v5e 16, v5p 96, v6e 32, tpu7x 192 GiB). GPUs: NVIDIA's data sheets of the SXM parts, dense
-# bf16; NVLink 4 as one link of 450 GB/s each way.
+# bf16; NVLink 4 as one link of 450 GB/s each way; eight a machine with an adapter of 400 Gb/s each, as in DGX H100 and H200. Their usable
+# memory is what CUDA sees of it (79.1 and 139.8 GiB) times the share that process.py has XLA take.
 CHIPS = {
     "v4": Chip(275e12, 2 * 15.25 * GIB, 1200e9, 50e9, devices=2, cores=2),
     "v5e": Chip(197e12, 15.75 * GIB, 819e9, 50e9, axes=2, cores=1),
     "v5p": Chip(459e12, 95.73 * GIB, 2765e9, 100e9, cores=2),
     "v6e": Chip(918e12, 31.24 * GIB, 1638e9, 100e9, axes=2, cores=1),
     "tpu7x": Chip(2307e12, 2 * 94.74 * GIB, 7380e9, 100e9, devices=2),
-    "h100": Chip(989e12, 80e9, 3350e9, 450e9, axes=0),
-    "h200": Chip(989e12, 141e9, 4800e9, 450e9, axes=0),
+    "h100": Chip(989e12, GPU_MEMORY_SHARE * 79.1 * GIB, 3350e9, 450e9, axes=0, host=8, network=50e9),
+    "h200": Chip(989e12, GPU_MEMORY_SHARE * 139.8 * GIB, 4800e9, 450e9, axes=0, host=8, network=50e9),
 }
 # The shape that a number of chips gets unless another is asked for: docs.cloud.google.com/tpu/docs/{v5p,v6e}, "Configurations".
 SHAPES = {
@@ -76,8 +81,16 @@ class Topology:
         return self.chips * self.chip.devices
 
     @property
+    def hosts(self) -> tuple[int, int]:
+        """GPUs: (machines, GPUs of each). Raises ConfigError where they are not all full."""
+        per = min(self.chips, self.chip.host)
+        if self.chips % per:
+            raise ConfigError(f"{self.name}: {self.chips} GPUs do not fill machines of {per}; choose a multiple of {per}, or fewer than {per}")
+        return self.chips // per, per
+
+    @property
     def name(self) -> str:
-        """As `jax.experimental.topologies` takes it."""
+        """As `jax.experimental.topologies` takes it for TPUs."""
         return f"{self.kind}:{'x'.join(map(str, self.shape))}"
 
     def bandwidth(self, extent: Mapping[int, int]) -> float:
@@ -85,11 +98,12 @@ class Topology:
 
         A dimension that is spanned whole and closed to a ring gives two links, any other one. Dimensions close where they
         are a multiple of 4 in every direction (v4, v5p, tpu7x: cubes) or 16 (v5e, v6e: a whole pod's side). Devices
-        of one chip exchange at the speed of its HBM.
+        of one chip exchange at the speed of its HBM. Of GPUs dimension 1 is the machine and 2 the place in it: a group that spans
+        machines sends between them through the adapters of all its GPUs in one.
         """
         chip, spans = self.chip, {dim: n for dim, n in extent.items() if n > 1}
         if not chip.axes:
-            return chip.link
+            return chip.link if spans.keys() <= {2} else min(chip.link, spans.get(2, 1) * chip.network)
         if not spans:
             return chip.bandwidth / chip.devices
         closed = lambda dim: self.shape[dim] % (4 if chip.axes == 3 else 16) == 0  # noqa: E731

@@ -260,14 +260,30 @@ def in_hbm(shapes) -> int:
 
 
 def product_flops(op: Op, ops: Mapping[str, Op]) -> int:
-    """FLOPs of a dot or a convolution, 2 a multiply-add; 0 for all else."""
+    """FLOPs of a dot, a convolution or one of CUDA's products and fused attentions, 2 a multiply-add; 0 for all else."""
     if op.kind == "dot":
         contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", op.attributes)[1]
         left = ops[op.operands[0]].shapes[0].dims
         return 2 * op.shapes[0].size * math.prod(left[int(d)] for d in contracted.split(",") if d)
     if op.kind == "convolution":
         return convolution_flops(op, *(ops[name].shapes[0].dims for name in op.operands[:2]))
+    if op.kind == "custom-call" and (target := re.search(r'custom_call_target="__(cublas|cudnn\$fmha)', op.attributes)):
+        return cublas_flops(op, ops) if target[1] == "cublas" else attention_flops(op)
     return 0
+
+
+def cublas_flops(op: Op, ops: Mapping[str, Op]) -> int:
+    contracted = re.search(r'"lhs_contracting_dimensions":\["([\d",]*)"\]', op.attributes)[1]
+    left = ops[op.operands[0]].shapes[0].dims
+    return 2 * op.shapes[0].size * math.prod(left[int(d)] for d in re.findall(r"\d+", contracted))
+
+
+def attention_flops(op: Op) -> int:
+    """cuDNN's: two products forward and five back, of which it makes half where nothing later is seen."""
+    scores = re.search(r'"intermediate_tensor_shape":.*?"dimensions": ?\[([\d", ]*)\]', op.attributes)[1]
+    products = 5 if re.search(r'fmha\w*Backward', op.attributes) else 2
+    whole = products * 2 * math.prod(map(int, re.findall(r"\d+", scores))) * op.shapes[0].dims[-1]
+    return whole // 2 if "CAUSAL" in op.attributes else whole
 
 
 def convolution_flops(op: Op, left: tuple[int, ...], right: tuple[int, ...]) -> int:

@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from hhjax.aot import topology_devices
+from hhjax.chips import Topology
 from hhjax.data.packing import MOST, STEP
 from hhjax.loops.phases import is_packed, judge_params, make_phases, minibatches, ppo_optimizer, ppo_shardings, reply_packer
 from hhjax.loops.sampling import frozen
@@ -37,12 +39,10 @@ class Step(NamedTuple):
     phase: str
 
 
-def lower(step: Step, topology: str):
+def lower(step: Step, topology: Topology):
     """(the step function lowered for the topology's devices, what is known of it without compiling). facts: as `lower_on`, and extent,
-    axis -> torus dimension -> places."""
-    from jax.experimental import topologies
-
-    lowered, facts, used = lower_on(step, topologies.get_topology_desc(topology_name=topology, platform="tpu").devices)
+    axis -> dimension of the topology -> places."""
+    lowered, facts, used = lower_on(step, topology_devices(topology))
     return lowered, facts | {"extent": extent(used)}
 
 
@@ -211,7 +211,7 @@ def parameters_of(cfg: ModelConfig):
 
 
 def extent(mesh) -> dict[str, dict[int, int]]:
-    """Mesh axis -> dimension of the torus -> how many places along it the devices of one group take."""
+    """Mesh axis -> dimension of the torus (of GPUs: machine, place in it) -> how many places along it the devices of one group take."""
     found = {}
     for i, axis in enumerate(mesh.axis_names):
         line = mesh.devices[tuple(slice(None) if j == i else 0 for j in range(mesh.devices.ndim))]

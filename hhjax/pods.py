@@ -15,7 +15,7 @@ from pathlib import Path
 import jax
 from jax.sharding import AbstractMesh
 
-from hhjax.aot import Compiled, compile_for_tpu, libtpu_version, require_libtpu
+from hhjax.aot import Compiled, compile_ahead, compiler_of
 from hhjax.chips import GIB, Topology, parse_topology
 from hhjax.experiment import Run
 from hhjax.fields import ConfigError
@@ -98,18 +98,17 @@ def run(command: Command, flags: PlanFlags) -> int:
     if not flags.topology:
         raise ConfigError("hhjax plan needs --topology, such as v5p:4x4x4, v5p-128, v6e:16x16 or h200:8")
     topology = parse_topology(flags.topology)
-    jax.config.update("jax_platforms", "cpu")  # where libtpu is installed jax would look for a TPU, and complain
-    if topology.chip.axes:
-        require_libtpu()
-    else:
-        print("the compiled part (temporaries, compiler's FLOPs, bytes, collectives) needs the device; by formula:")
+    jax.config.update("jax_platforms", "cpu")  # where another compiler is installed jax would look for its device, and complain
+    compiler = compiler_of(topology)
+    if not compiler.package and not topology.chip.axes:
+        print(f"temporaries, the compiler's FLOPs, bytes and exchanges need jax's CUDA plugin: pip install -e '.[{compiler.extra}]'; by formula:")
     print(heading(topology))
     steps = [step for r in command.runs for step in steps_of(r, command.launch.stage)]
     if not steps:
         raise ConfigError("nothing to plan: no LM, PM or PPO stage in the chosen runs")
     estimates = []
     for i, step in enumerate(steps):
-        if flags.search and topology.chip.axes:
+        if flags.search and compiler.package:
             found = search(step, topology, flags.tries, flags.patience_s)
             print("\n".join(ranking(found, topology)), flush=True)
             steps[i] = found[0][0]
@@ -122,7 +121,7 @@ def run(command: Command, flags: PlanFlags) -> int:
     if flags.json:
         flags.json.write_text(json.dumps({
             "topology": topology.name, "chips": topology.chips, "attainable": ATTAINABLE, "jax": jax.__version__,
-            "libtpu": libtpu_version() if topology.chip.axes else "", "rows": rows, "steps": [as_json(e) for e in estimates],
+            "compiler": compiler.version if compiler.package else "", "rows": rows, "steps": [as_json(e) for e in estimates],
         }, indent=1))  # fmt: skip
     return 0 if all(e.fits for e in estimates) else 2
 
@@ -147,7 +146,7 @@ def steps_of(run: Run, only: str | None = None) -> Iterator[Step]:
 
 
 def estimate(step: Step, topology: Topology, limit_s: float = 1800.0) -> Estimate:
-    """Compiled for TPUs, in limit_s at most; by formula for GPUs. Raises ConfigError on a mesh or batch that the run would refuse."""
+    """Compiled in limit_s at most; by formula for GPUs without their compiler. Raises ConfigError on a mesh or batch that the run would refuse."""
     try:
         sizes = mesh_sizes(step.stage.mesh, topology.devices)
         mesh_sizes(getattr(step.stage, "rollout_mesh", None) or step.stage.mesh, topology.devices)
@@ -155,9 +154,10 @@ def estimate(step: Step, topology: Topology, limit_s: float = 1800.0) -> Estimat
         name = step.stage.name
         raise ConfigError(f"{name}: {error}: --{name}.mesh.data, --{name}.mesh.fsdp, --{name}.mesh.tensor") from None
     positions, work = work_of(step, sizes[0] * sizes[1])
-    if not topology.chip.axes:
+    compiler = compiler_of(topology)
+    if not compiler.package and not topology.chip.axes:
         return formula(step, topology, positions, work)
-    found = compile_for_tpu(lower, step, topology.name, limit_s=limit_s)
+    found = compile_ahead(compiler, lower, step, topology, limit_s=limit_s)
     return read(step, topology, found, positions, work)
 
 

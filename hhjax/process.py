@@ -11,6 +11,7 @@ from pathlib import Path
 
 HUGE_PAGES = "glibc.malloc.hugetlb=1"  # where the kernel leaves them to programs
 HELD = f"glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold={2**62}:glibc.malloc.arena_max=1"  # one heap, which gives nothing back
+GPU_MEMORY_SHARE = 0.9  # jax's default, 0.75, leaves 20 GB of an H100 unused
 ACCELERATORS = ("/dev/nvidia[0-9]*", "/dev/accel*", "/dev/vfio/[0-9]*", "/dev/kfd")
 
 
@@ -23,6 +24,12 @@ def keep_compiled() -> None:
     """Makes jax keep what it compiles, for this and later processes; jax's own variables, where set, win."""
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache_dir() / "xla"))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+
+
+def take_memory() -> None:
+    """Makes XLA take nine tenths of a GPU's memory when it starts; jax's own variables, where set, win."""
+    if "XLA_PYTHON_CLIENT_MEM_FRACTION" not in os.environ:  # the older name, which jax refuses beside the newer
+        os.environ.setdefault("XLA_CLIENT_MEM_FRACTION", str(GPU_MEMORY_SHARE))
 
 
 def collect_rarely() -> None:

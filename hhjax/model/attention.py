@@ -1,7 +1,11 @@
-"""Softmax attention: as it is written down, and in parts for CPU. Every array keeps heads apart, grouped under the key head that they read."""
+"""Softmax attention: as it is written down, in parts for CPU, and by cuDNN. Every array keeps heads apart, grouped under the key head that they read."""
+
+import re
 
 import jax
 import jax.numpy as jnp
+
+HIDDEN = -(2.0**41)  # the lowest bias that jax itself gives cuDNN's kernel in bf16, which errs in differences of larger ones
 
 
 def attend(q, k, v, bias):
@@ -68,6 +72,24 @@ def _parts_backward(saved, g):
 
 
 attend_in_parts.defvjp(_parts_forward, _parts_backward)
+
+
+def has_flash(device, dtype, head_dim: int) -> bool:
+    """Whether cuDNN's fused attention runs there: NVIDIA's Ampere or later, in bf16, with heads of at most 128 in eighths."""
+    capability = str(getattr(device, "compute_capability", ""))  # "9.0"; AMD says "gfx942"
+    version = [int(n) for n in capability.split(".")] if re.fullmatch(r"\d+\.\d+", capability) else [0]
+    return version >= [8, 0] and dtype == jnp.bfloat16 and head_dim <= 128 and head_dim % 8 == 0
+
+
+def attend_fused(q, k, v, bias, implementation: str = "cudnn"):
+    """`attend` where no token sees a later one of its row (S = T), by cuDNN's fused kernel: no array of [H, T, T] is made.
+
+    bias: [B or 1, T, T] f32, 0 or as low as one likes, T even; None where order alone decides. Its gradient is computed and dropped: jax 0.10
+    calls no kernel without. implementation: "xla" is jax's own reference for it, which runs anywhere.
+    """
+    rows = lambda x: jnp.swapaxes(x, 1, 2)  # noqa: E731
+    bias = None if bias is None else jnp.maximum(bias, HIDDEN).astype(q.dtype)[:, None]
+    return jax.nn.dot_product_attention(q, rows(k), rows(v), bias, is_causal=True, implementation=implementation)
 
 
 def grouped(x, groups: int):

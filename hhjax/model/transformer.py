@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec as P
 
-from hhjax.model.attention import attend, attend_in_parts
+from hhjax.model.attention import attend, attend_fused, attend_in_parts, has_flash
 from hhjax.sharding import RULES, gathered_spec, is_axes
 from hhjax.types import Array, Model
 
@@ -67,24 +67,27 @@ class RunConfig:
     dtype: "float32", "bfloat16", or "auto" (bfloat16 on GPU and TPU); parameters are f32 always.
     barrier: "auto" (CPU only), "on" or "off": what XLA's CPU compiler needs to be told, see `product`, `rotate_and_back`, `once`,
     `attend_in_parts` and `unrolled`; "off" where a CPU shall differentiate forward (jax.jvp).
+    attention: "auto" (cuDNN's fused kernel where `has_flash`) or "plain".
     """
 
     remat: str = field(default="none", metadata={"identity": False})
     unroll: int = field(default=0, metadata={"identity": False})
     dtype: str = "auto"
     barrier: str = field(default="auto", metadata={"identity": False})
+    attention: str = field(default="auto", metadata={"identity": False})
 
 
 class Where(NamedTuple):
     """What attention must know of positions, computed once for all layers (B may be 1: the same for every row).
 
-    positions: [B, T]. sin, cos: [B, T, 1, rotated / 2] f32. bias: [B, T, S] f32, 0 or -1e30.
+    positions: [B, T]. sin, cos: [B, T, 1, rotated / 2] f32. bias: [B, T, S] f32, 0 or -1e30; None where a token
+    sees all that stand before it and attention is fused.
     """
 
     positions: Array
     sin: Array
     cos: Array
-    bias: Array
+    bias: Array | None
 
 
 class Cache(NamedTuple):
@@ -109,13 +112,16 @@ def make_model(cfg: ModelConfig, mesh=None, run: RunConfig = RunConfig()) -> Mod
     policy serves the reference, the PM and the value network too. With a mesh, activations are pinned to (data, fsdp) at block
     boundaries and each layer's weights are gathered over fsdp before use; without the pins the partitioner
     spreads the parameters' sharding into the activations (0.29 of the one-device rate on eight devices)."""
-    if run.remat not in REMAT:
-        raise ValueError(f"remat {run.remat!r}; choose one of {', '.join(REMAT)}")
-    platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
+    for name, allowed in (("remat", tuple(REMAT)), ("attention", ("auto", "plain"))):
+        if getattr(run, name) not in allowed:
+            raise ValueError(f"{name} {getattr(run, name)!r}; choose one of {', '.join(allowed)}")
+    device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
+    platform = device.platform
     dtype = jnp.dtype(run.dtype if run.dtype != "auto" else "float32" if platform == "cpu" else "bfloat16")
     barrier = run.barrier == "on" or (run.barrier == "auto" and platform == "cpu")
+    fused = run.attention == "auto" and has_flash(device, dtype, cfg.head_dim)
     unroll = min(cfg.layers, run.unroll or (8 if platform == "cpu" else 1))
-    block = Block(cfg, dtype, barrier)
+    block = Block(cfg, dtype, barrier, fused)
     axes, declared = decoder_axes(cfg), block_params(cfg)
     layer_axes, shapes = ({name: get(box) for name, box in declared.items()} for get in (lambda b: b.names, lambda b: b.value.shape))
 
@@ -155,7 +161,8 @@ def make_model(cfg: ModelConfig, mesh=None, run: RunConfig = RunConfig()) -> Mod
             raise ValueError(f"a mask of shape {mask.shape} where {key_positions.shape[-1]} keys may be seen; give one of [B, S] or [B, T, S]")
         causal = key_positions[:, None, :] <= positions[:, :, None]
         visible = causal if mask is None else mask if mask.ndim == 3 else causal & mask[:, None, :]
-        known = lambda: (*rotation(cfg, positions), jnp.where(visible, 0.0, -1e30))  # noqa: E731
+        ordered = fused and own and mask is None
+        known = lambda: (*rotation(cfg, positions), None if ordered else jnp.where(visible, 0.0, -1e30))  # noqa: E731
         alone = mesh is None or mesh.size == 1  # a branch's values would be whole on every device
         where = Where(positions, *(once(known, params["final_norm_scale"][0]) if barrier and alone else known()))
         x = pin(gather(params["embed"], axes["embed"])[tokens].astype(dtype))
@@ -215,6 +222,7 @@ class Block(nn.Module):
     cfg: ModelConfig
     dtype: jnp.dtype
     barrier: bool
+    fused: bool = False
 
     @nn.compact
     def __call__(self, x, where, kv=None):
@@ -272,11 +280,13 @@ class Block(nn.Module):
         if kv is not None:
             start = jnp.broadcast_to(where.positions[:, 0], x.shape[:1])
             kv = write(kv[0], k, start), write(kv[1], v, start)
-        own = where.bias.shape[-1] == x.shape[1]  # the keys to be seen are those of x
-        if own:
-            y = (attend_in_parts if self.barrier else attend)(q, k, v, where.bias)
+        bias, length = where.bias, x.shape[1]
+        if bias is not None and bias.shape[-1] != length:  # the keys to be seen are not those of x alone
+            y = attend(q, *kv, bias)
+        elif self.fused and (bias is None or length % 2 == 0):
+            y = attend_fused(q, k, v, bias)
         else:
-            y = attend(q, *kv, where.bias)
+            y = (attend_in_parts if self.barrier else attend)(q, k, v, bias)
         out = self.weight("o", (cfg.heads, cfg.head_dim, cfg.width), ("heads", "head_dim", "embed"),
                           cfg.heads * cfg.head_dim, (2 * cfg.layers) ** -0.5)  # fmt: skip
         y = self.dense(y, out, over=2)
