@@ -20,6 +20,8 @@ COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "coll
 FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "after-all", "partition-id",
         "replica-id", "optimization-barrier", "async-start", "async-update", "async-done", "iota", "domain"}  # fmt: skip
 
+IN_PLACE = {"dynamic-update-slice": 1, "scatter": 2}  # what changes a part of its first operand: which operand is the part
+
 
 class Shape(NamedTuple):
     """dims: of an array on one device. space: 0 is HBM (or a CPU's memory); others are on-chip or a host's."""
@@ -143,8 +145,8 @@ class Program:
             return self._fusion_traffic(op, ops)
         if op.kind in ("dynamic-slice", "gather", "slice"):
             return 2 * in_hbm(op.shapes)
-        if op.kind == "dynamic-update-slice":
-            return 2 * in_hbm(ops[op.operands[1]].shapes)
+        if op.kind in IN_PLACE:
+            return 2 * in_hbm(ops[op.operands[IN_PLACE[op.kind]]].shapes)
         if op.kind.endswith("-start"):  # a pair of source and destination
             return in_hbm(op.shapes[:2])
         return in_hbm(op.shapes) + sum(in_hbm(ops[name].shapes) for name in op.operands if name in ops)
@@ -154,7 +156,7 @@ class Program:
         read = sum(min(self._read(called(op), i), in_hbm(ops[name].shapes)) for i, name in enumerate(op.operands) if name in ops)
         root = next(o for o in inside.values() if o.root)
         results = [inside[name] for name in root.operands] if root.kind == "tuple" else [root]
-        written = (inside[r.operands[1]].shapes if r.kind == "dynamic-update-slice" else (s,) for s, r in zip(op.shapes, results))
+        written = (inside[r.operands[IN_PLACE[r.kind]]].shapes if r.kind in IN_PLACE else (s,) for s, r in zip(op.shapes, results))
         return read + sum(sum(part.bytes for part in w) for s, w in zip(op.shapes, written) if s.space == 0)
 
     def _read(self, name: str, index: int) -> int:
@@ -165,13 +167,13 @@ class Program:
     def _read_by(self, users: Mapping[str, list[tuple[Op, int]]], op: Op) -> int:
         total = 0
         for user, at in users.get(op.name, ()):
-            if user.kind in ("dynamic-slice", "slice") and at == 0:
+            if user.kind in ("dynamic-slice", "slice", "gather") and at == 0:
                 total += user.shapes[0].bytes
             elif user.kind == "fusion":
                 total += self._read(called(user), at)
             elif user.kind == "bitcast":
                 total += self._read_by(users, user)
-            elif user.kind != "dynamic-update-slice" or at:
+            elif user.kind not in IN_PLACE or at:
                 total += op.shapes[0].bytes
         return min(total, op.shapes[0].bytes)
 

@@ -101,7 +101,8 @@ class Cache(NamedTuple):
 ACTIVATIONS = {"gelu": partial(nn.gelu, approximate=False), "gelu_tanh": nn.gelu, "silu": nn.silu}
 REMAT = {
     "none": None,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": lambda primitive, *given, **settings: (
+        primitive.name.startswith("dot_product_attention_fwd") or jax.checkpoint_policies.dots_with_no_batch_dims_saveable(primitive, *given, **settings)),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 
@@ -170,7 +171,8 @@ def make_model(cfg: ModelConfig, mesh=None, run: RunConfig = RunConfig()) -> Mod
         if cache is None:
             body = lambda x, weights: (layer(x, weights, where)[0], None)  # noqa: E731
             if REMAT[run.remat] is not None:
-                body = jax.checkpoint(body, policy=REMAT[run.remat], prevent_cse=False)
+                # Where no loop parts forward from backward, XLA would find both the same and keep what was to be computed anew.
+                body = jax.checkpoint(body, policy=REMAT[run.remat], prevent_cse=unroll == cfg.layers)
             x, _ = jax.lax.scan(body, x, params["blocks"], unroll=unroll)
         else:  # unrolled: a scan would copy the whole cache at every layer
             new = []
