@@ -68,8 +68,8 @@ def ceiling(repeats: int = 5) -> dict:
 
 @dataclass(frozen=True)
 class Bench:
-    """What is timed: a rung of sizes.py by name, or without one a decoder in the Qwen3 layout. dtype as RunConfig's; repeats are timed
-    after warmup, one after the other."""
+    """What is timed: a rung of sizes.py by name, or without one a decoder in the Qwen3 layout. dtype, remat, unroll, attention as
+    RunConfig's; repeats are timed after warmup, one after the other."""
 
     size: str = ""
     layers: int = 4
@@ -78,6 +78,9 @@ class Bench:
     mlp_width: int = 1024
     vocab: int = 512
     dtype: str = "auto"
+    remat: str = "auto"
+    unroll: int = 0
+    attention: str = "auto"
     batch: int = 16
     prompt: int = 64
     response: int = 64
@@ -91,12 +94,15 @@ class Bench:
         return ModelConfig(self.layers, self.width, self.heads, self.heads, self.width // self.heads, self.mlp_width, self.vocab, norm="rms",
                            gated_mlp=True, activation="silu", qk_norm=True, tied_embeddings=False)  # fmt: skip
 
+    def run(self) -> RunConfig:
+        return RunConfig(dtype=self.dtype, remat=self.remat, unroll=self.unroll, attention=self.attention)
+
     def model(self):
-        return make_model(self.shape(), None, RunConfig(dtype=self.dtype))
+        return make_model(self.shape(), None, self.run())
 
     def ceiling(self) -> float:
         """FLOP/s of matrix products in the dtype that is timed."""
-        return matmul_ceiling(compute_dtype(RunConfig(dtype=self.dtype)), 2048 if jax.default_backend() == "cpu" else 8192)
+        return matmul_ceiling(compute_dtype(self.run()), 2048 if jax.default_backend() == "cpu" else 8192)
 
 
 @dataclass(frozen=True)
@@ -241,16 +247,21 @@ def sampling(cfg: GenerateBench) -> dict:
     whole, new, steps, compile_s = measure(cfg.response)
     prefill, *_ = measure(1)
     step = (sum(whole) - cfg.repeats * median(prefill)) / sum(steps)
-    size = 2 if compute_dtype(RunConfig(dtype=cfg.dtype)) == "bfloat16" else 4
-    cached = 2 * shape.layers * shape.kv_heads * shape.head_dim * slots * (cfg.prompt + cfg.response / 2)
-    moved = size * (matmul_params(shape) + shape.vocab * shape.width + cached)
-    flops = slots * (forward_flops(shape, 1, 1) + logits_flops(shape, 1)) + 2 * cached * shape.heads / shape.kv_heads
-    floor = max(moved / copy_ceiling(), flops / cfg.ceiling())
+    floor = decode_floor(cfg, slots, copy_ceiling(), cfg.ceiling())
     rate = new / np.array(whole)
     return {"median_s": round(median(whole), 6), "best_s": round(min(whole), 6), "prefill_s": round(median(prefill), 6),
             "tokens_per_s": round(median(rate), 1), "best_tokens_per_s": round(max(rate), 1), "mean_reply": round(sum(new) / len(new) / cfg.batch, 1),
             "slot_occupancy": round((sum(new) - len(new) * cfg.batch) / (slots * sum(steps)), 3),
             "decode_step_ms": round(1e3 * step, 3), "share_of_roofline": round(floor / step, 3), "compile_s": round(compile_s, 2)} | about(cfg)  # fmt: skip
+
+
+def decode_floor(cfg: Bench, slots: int, byte_rate: float, flop_rate: float) -> float:
+    """The least seconds of a decode step of so many rows: its bytes (weights, and the cache at half of the reply) or its FLOPs."""
+    shape, size = cfg.shape(), jnp.dtype(compute_dtype(cfg.run())).itemsize
+    cached = 2 * shape.layers * shape.kv_heads * shape.head_dim * slots * (cfg.prompt + cfg.response / 2)
+    moved = size * (matmul_params(shape) + shape.vocab * shape.width + cached)
+    flops = slots * (forward_flops(shape, 1, 1) + logits_flops(shape, 1)) + 2 * cached * shape.heads / shape.kv_heads
+    return max(moved / byte_rate, flops / flop_rate)
 
 
 def counted(samples, steps) -> tuple:
@@ -311,9 +322,10 @@ def about(cfg: Bench) -> dict:
 def ppo(cfg: PPOBench) -> dict:
     """Median and best seconds of an iteration after the warm-up, its phases, samples/s, and the first one's seconds with compilation.
 
-    Prompts are full, no reply can stop, and rates of learning are tiny: every iteration does the same work.
+    Prompts are full, no reply can stop, and rates of learning are tiny: every iteration does the same work. times_floor: the whole over
+    the least that it takes, matrix products at this machine's rate and decode steps at that or its copy rate.
     """
-    began, mesh, shape, run = time.perf_counter(), make_mesh(), cfg.shape(), RunConfig(dtype=cfg.dtype)
+    began, mesh, shape, run = time.perf_counter(), make_mesh(), cfg.shape(), cfg.run()
     slow = OptimConfig(lr=1e-6)
     stage = PPO("bench", policy="./policy", reward="./pm", prompt_len=cfg.prompt, batch_size=cfg.batch, epochs=cfg.epochs, run=run,
                 packed=cfg.packed, sampling=Sampling(cfg.response, slots=cfg.slots), optim=slow, value_optim=slow)  # fmt: skip
@@ -346,11 +358,14 @@ def ppo(cfg: PPOBench) -> dict:
     timed = readings[cfg.warmup :]
     whole = [r["iteration"] for r in timed]
     phases_s = {f"{name}_s": round(median(r[name] for r in timed), 4) for name in ("generate", "score", "train")}
-    train = phase_flops(stage, dict.fromkeys(("policy", "value", "kl_to"), shape), scored, learnt)["update"]
+    devices = 1 if jax.default_backend() == "cpu" else mesh.size  # simulated ones share one machine
+    work, rate = phase_flops(stage, dict.fromkeys(models, shape), scored, learnt), cfg.ceiling() * devices
+    prefill = forward_flops(shape, cfg.batch, cfg.prompt) + logits_flops(shape, cfg.batch)
+    floor = (work["score"] + work["update"] + prefill) / rate + (cfg.response - 1) * decode_floor(cfg, cfg.slots or cfg.batch, copy_ceiling() * devices, rate)
     return {
         "median_s": round(median(whole), 6), "best_s": round(min(whole), 6), **phases_s,
         "samples_per_s": round(cfg.batch / median(whole), 2), "best_samples_per_s": round(cfg.batch / min(whole), 2),
-        "train_share_of_ceiling": round(train / phases_s["train_s"] / cfg.ceiling(), 3), "first_step_s": round(first, 2),
+        "train_share_of_ceiling": round(work["update"] / phases_s["train_s"] / rate, 3), "times_floor": round(median(whole) / floor, 2), "first_step_s": round(first, 2),
         "useful_share": round(float(replied.length.sum() / np.prod(scored)), 3),
     } | about(cfg)  # fmt: skip
 

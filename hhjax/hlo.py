@@ -130,6 +130,24 @@ class Program:
         return float(sum(n * sum(product_flops(op, self.computations[name]) for op in self.computations[name].values())
                          for name, n in times.items()))  # fmt: skip
 
+    def serial_seconds(self, flop_rate: float, byte_rate: float) -> float:
+        """Seconds of one device that runs fusions and lone instructions one after another, each as long as its products take or its bytes in
+        HBM, whichever is more. What goes on beside them (exchanges, copies that have a start and an end) is left out."""
+        memo: dict[str, float] = {}
+
+        def seconds(name: str) -> float:
+            ops = self.computations[name]
+            ran = (op for op in ops.values() if op.kind not in FREE and not op.kind.endswith(("-start", "-done")) and op.kind not in COLLECTIVES)
+            return sum(max(self._op_flops(op, ops) / flop_rate, self._op_traffic(op, ops) / byte_rate) for op in ran)
+
+        return sum(use.times * memo.setdefault(use.computation, seconds(use.computation)) for use in self.uses if not use.fused)
+
+    def _op_flops(self, op: Op, ops: Mapping[str, Op]) -> int:
+        if op.kind != "fusion":
+            return product_flops(op, ops)
+        inside = self.computations[called(op)]
+        return sum(self._op_flops(o, inside) for o in inside.values())
+
     def hbm_bytes(self) -> int:
         """Bytes that one device reads from and writes to HBM: operands and results of every fusion and lone instruction. What is
         sliced counts by its slice, what is updated in place by the update, what lies on the chip not at all."""
@@ -165,7 +183,7 @@ class Program:
         return self._read_by(users, parameter[index]) if index in parameter else 0
 
     def _read_by(self, users: Mapping[str, list[tuple[Op, int]]], op: Op) -> int:
-        total = 0
+        total = op.shapes[0].bytes if op.root else 0  # a view that is handed on whole
         for user, at in users.get(op.name, ()):
             if user.kind in ("dynamic-slice", "slice", "gather") and at == 0:
                 total += user.shapes[0].bytes

@@ -14,10 +14,10 @@ import numpy as np
 from hhjax.aot import topology_devices
 from hhjax.chips import Topology
 from hhjax.data.packing import MOST, STEP
-from hhjax.loops.phases import is_packed, judge_params, make_phases, minibatches, ppo_optimizer, ppo_shardings, reply_packer
+from hhjax.loops.phases import decoding_shardings, is_packed, judge_params, make_phases, minibatches, ppo_optimizer, ppo_shardings, reply_packer
 from hhjax.loops.sampling import frozen
 from hhjax.loops.supervised import compute_dtype
-from hhjax.model.transformer import ModelConfig, make_model
+from hhjax.model.transformer import ModelConfig, make_model, unstacked
 from hhjax.sharding import batch_sharding, batch_ways, batches_sharding, check_batch, make_mesh, param_shardings
 from hhjax.stages import PM, PPO, Training
 from hhjax.train.state import decayed, init_state, make_optimizer, state_shardings
@@ -78,7 +78,7 @@ def ppo_phase(step: Step, mesh, decode, dtype: str):
     state = jax.eval_shape(lambda p, k: init_state(p, optimizer, k), {part: shapes[part] for part in optimizer.parts}, key)
     small = {role: jax.eval_shape(lambda p: frozen(p, dtype), x) for role, x in shapes.items()}
     if stage.rollout_mesh:
-        policy = placed(small["policy"], shapes_and_places(step.configs["policy"], decode)[1])
+        policy = placed(jax.eval_shape(unstacked, small["policy"]), decoding_shardings(make_model(step.configs["policy"], decode), decode))
     else:
         policy = placed(shapes["policy"], shardings.params["policy"])
     inputs = (policy, token_shapes(stage.batch_size, stage.prompt_len), jax.ShapeDtypeStruct((stage.batch_size,), jnp.int32), key)

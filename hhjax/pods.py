@@ -28,9 +28,10 @@ from hhjax.plan import architectures, update_work
 from hhjax.sharding import AXES, MeshConfig, mesh_sizes
 from hhjax.stages import PPO, Training, split_step
 
-# What share of a peak a well-written program keeps up. Assumed, not measured here on a TPU: matrix products as in the best
-# published training runs (MaxText on v5p and v5e: 52 to 71 % of peak, v6e 44 to 50 %), HBM and links as streaming code reaches.
-ATTAINABLE = {"compute": 0.65, "HBM": 0.8, "interconnect": 0.8}
+# What share of a peak an instruction keeps up. Assumed, not measured here: large matrix products alone reach 0.8 of an H200's peak (790 of
+# 989 TFLOP/s), HBM and links what streaming code reaches. Whole steps fall short of it by what they do one after another; the best
+# published ones are at 0.44 to 0.71 on TPUs (MaxText on v5e, v5p, v6e) and 0.50 on H100s.
+ATTAINABLE = {"compute": 0.8, "HBM": 0.8, "interconnect": 0.8}
 PHASES = ("sample", "score", "update")
 
 
@@ -55,8 +56,9 @@ class Estimate:
     """What one step function needs on one device, and takes.
 
     memory: bytes by what they hold. work: model FLOPs of the step over all devices, by formula; compiled: FLOPs of the
-    compiled program on all devices, loops counted as often as they run. seconds: of the roofline by bound, at full peaks; predicted: of
-    the longest at what is attainable. warnings: how often the partitioner copied an array whole because it found no way to reshard.
+    compiled program on all devices, loops counted as often as they run. seconds: of the roofline by bound, at full peaks. serial: of all
+    instructions one after another, each by its own bound at what is attainable of it (0: not compiled); predicted: that, or the exchanges'
+    where they take longer. warnings: how often the partitioner copied an array whole because it found no way to reshard.
     """
 
     run: str
@@ -70,6 +72,7 @@ class Estimate:
     hbm_bytes: int | None
     collectives: tuple[Collective, ...]
     seconds: dict[str, float]
+    serial: float
     positions: int
     warnings: int
     failure: str
@@ -90,7 +93,7 @@ class Estimate:
     @property
     def predicted(self) -> float:
         """Seconds a step; infinite where nothing is known."""
-        return max((s / ATTAINABLE[b] for b, s in self.seconds.items()), default=float("inf"))
+        return max((self.serial, *(s / ATTAINABLE[b] for b, s in self.seconds.items()))) if self.seconds else float("inf")
 
 
 def run(command: Command, flags: PlanFlags) -> int:
@@ -173,7 +176,7 @@ def work_of(step: Step, ways: int) -> tuple[int, float]:
 def read(step: Step, topology: Topology, found: Compiled, positions: int, work: float) -> Estimate:
     """The numbers of a compiled program."""
     chip, mesh, held = topology.chip, found.facts["mesh"], dict(found.facts["held"])
-    collectives, seconds, flops, traffic = (), {}, None, None
+    collectives, seconds, serial, flops, traffic = (), {}, 0.0, None, None
     if found.text:
         program = Program(found.text)
         collectives = tuple(program.collectives(mesh))
@@ -183,6 +186,7 @@ def read(step: Step, topology: Topology, found: Compiled, positions: int, work: 
             "HBM": traffic * chip.devices / chip.bandwidth,
             "interconnect": sum(exchange_seconds(c, topology, found.facts["extent"]) for c in collectives),
         }
+        serial = program.serial_seconds(ATTAINABLE["compute"] * chip.flops / chip.devices, ATTAINABLE["HBM"] * chip.bandwidth / chip.devices)
         cache = min(held.pop("cache", 0), found.temporaries)
         memory = held | {"activations": found.temporaries - cache} | ({"cache": cache} if cache else {})
         memory["batch"] = max(found.arguments + found.facts["beside"] - sum(held.values()), 0)
@@ -190,7 +194,7 @@ def read(step: Step, topology: Topology, found: Compiled, positions: int, work: 
         held.pop("cache", 0)
         memory = held
     return Estimate(step.run, step.stage.name, step.phase, mesh, memory, chip.memory / chip.devices, work, flops, traffic, collectives,
-                    seconds, positions, len(found.warnings), found.failure, found.seconds)  # fmt: skip
+                    seconds, serial, positions, len(found.warnings), found.failure, found.seconds)  # fmt: skip
 
 
 def exchange_seconds(one: Collective, topology: Topology, extent: dict[str, dict[int, int]]) -> float:
@@ -217,7 +221,7 @@ def formula(step: Step, topology: Topology, positions: int, work: float) -> Esti
     decode = AbstractMesh(mesh_sizes(getattr(step.stage, "rollout_mesh", None) or step.stage.mesh, topology.devices), AXES)
     held, _ = holdings(step, mesh, decode, "bfloat16")
     return Estimate(step.run, step.stage.name, step.phase, dict(mesh.shape), held, topology.chip.memory, work, None, None, (),
-                    {"compute": work / (topology.chips * topology.chip.flops)}, positions, 0, "", 0.0)  # fmt: skip
+                    {"compute": work / (topology.chips * topology.chip.flops)}, 0.0, positions, 0, "", 0.0)  # fmt: skip
 
 
 # Search ---------------------------------------------------------------------------------------------------------------
@@ -289,7 +293,8 @@ def report(e: Estimate, topology: Topology) -> Iterator[str]:
     if e.seconds and not e.compiled:
         yield f"  at least   {e.predicted:.3g} s for the products alone, at {ATTAINABLE['compute']:.0%} of the peak"
     elif e.seconds:
-        yield "  roofline   " + ", ".join(f"{name} {s:.3g} s" for name, s in e.seconds.items()) + f"; bound by {e.bound}"
+        yield ("  roofline   " + ", ".join(f"{name} {s:.3g} s" for name, s in e.seconds.items()) + f"; bound by {e.bound}; one instruction after "
+               f"another {e.serial:.3g} s")  # fmt: skip
         yield f"  predicted  {e.predicted:.3g} s, {e.positions / e.predicted:,.0f} tokens/s, MFU {mfu(e, topology):.2f}"
 
 

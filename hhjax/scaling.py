@@ -14,7 +14,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from hhjax.bench import Bench, about
 from hhjax.hlo import Program
 from hhjax.model.generate import Sampling, generate
-from hhjax.model.transformer import RunConfig, make_model
+from hhjax.model.transformer import make_model
 from hhjax.objectives.preference import preference_objective
 from hhjax.sharding import MeshConfig, make_mesh, param_shardings, put_batch
 from hhjax.train.state import OptimConfig, init_state, make_optimizer, state_shardings
@@ -80,7 +80,7 @@ def scale(cfg: ScaleBench) -> Iterator[dict]:
 
 def compiled_update(cfg: Bench, mesh):
     """(compiled step, state, batch, text of the program) of a preference model on a mesh."""
-    model = make_model(cfg.shape(), mesh, RunConfig(dtype=cfg.dtype))
+    model = make_model(cfg.shape(), mesh, cfg.run())
     optimizer = make_optimizer(OptimConfig(lr=1e-6), 100)
     shapes = jax.eval_shape(model.init, jax.random.key(0))
     shardings = state_shardings(optimizer, shapes, param_shardings(model.axes(), shapes, mesh), mesh)
@@ -137,14 +137,14 @@ def timed_compile(cfg: CompileBench, depth: int, lower) -> tuple[float, float]:
 
 
 def lower_update(cfg: Bench):
-    model = make_model(cfg.shape(), None, RunConfig(dtype=cfg.dtype, unroll=1))
+    model = make_model(cfg.shape(), None, dataclasses.replace(cfg.run(), unroll=1))
     optimizer = make_optimizer(OptimConfig(lr=1e-6), 100)
     state = jax.eval_shape(lambda key: init_state(model.init(key), optimizer, key), jax.random.key(0))
     return jax.jit(make_train_step(preference_objective(model), optimizer), donate_argnums=0).lower(state, full_pairs(cfg))
 
 
 def lower_sampling(cfg: Bench):
-    model = make_model(cfg.shape(), None, RunConfig(dtype=cfg.dtype))
+    model = make_model(cfg.shape(), None, cfg.run())
     full, vocab = np.full(cfg.batch, cfg.prompt, np.int32), Vocabulary(0, 1, 2, cfg.vocab)
     prompts = Tokens(np.full((cfg.batch, cfg.prompt), 3, np.int32), full, full)
     rows = np.arange(cfg.batch, dtype=np.int32)

@@ -80,7 +80,7 @@ class Model(NamedTuple):
     """A decoder as a record of pure functions; nobody outside `model/` sees flax.
 
     init(key) -> params
-    apply(params, tokens [B, T], positions [B, T] | None, mask [B, S] | [B, T, S] | None, cache | None)
+    apply(params, tokens [B, T], positions [B, T] | None, mask [B, S] | [B, T, S] | None, cache | None, slot | None)
         -> (hidden [B, T, D], cache | None)
     logits(params, hidden [..., D]) -> [..., V] f32
     score(params, hidden [..., D]) -> [...] f32, the scalar head

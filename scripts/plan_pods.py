@@ -1,6 +1,6 @@
-"""docs/pods.md: what the seven sizes need on TPU slices, planned without a TPU.
+"""docs/pods.md: what the seven sizes need on TPU slices and GPUs, planned without any.
 
-    python scripts/plan_pods.py [--chips v5e,v5p,v6e] [--sizes 13M,...,52B] [--stage pm] [--work runs/plans] [--out docs/pods.md]
+    python scripts/plan_pods.py [--chips v5e,v5p,v6e,h100] [--sizes 13M,...,52B] [--stage pm] [--work runs/plans] [--out docs/pods.md]
 
 Plans every size of experiments/pods.py on the slice that the file gives it, a process each, and writes the tables. What is in
 --work already is not planned again: remove a file of it to have it anew. With --stage that stage alone is planned, and the rows of the
@@ -18,18 +18,19 @@ EXPERIMENT = ROOT / "experiments" / "pods.py"
 HEAD = """# Pods: what the paper's sizes need
 
 Made by `python scripts/plan_pods.py`: each row is `hhjax plan experiments/pods.py --chip CHIP --topology SLICE --only SIZE`, compiled
-by libtpu {libtpu} and jax {jax} on a machine without a TPU. **Nothing here was measured on a TPU.**
+by {compilers} and jax {jax} on a machine without TPU or GPU. **Nothing here was measured on one.**
 
 - Stages: a PM of 160,800 pairs (batches of 32, a prompt and a reply of at most 1,024 tokens); PPO of 200,000 samples (batches of 512, 128
-  tokens of prompt and 128 of reply, separate value network, one epoch); both with every block recomputed in the backward pass. The
-  language model's 400 billion tokens in batches of a million are there to show what pretraining would cost.
+  tokens of prompt and 128 of reply, separate value network, one epoch); both keep matrix products for the backward pass and compute the
+  rest anew. The language model's 400 billion tokens in batches of a million are there to show what pretraining would cost.
 - A PM's pairs lie end to end in rows of 1,280 tokens, at least one row a way of the mesh. How many they fill is assumed to be as with
   HH's (`hhjax/lowering.py`): 7, of which whole multiples of data x fsdp are computed: 8, 16 or 32. *tokens/s* counts all positions of them.
 - *PPO's* replies are planned at full length, two to a row of 520 positions, where packing saves nothing and attention looks over twice the width.
 - *mesh* is data x fsdp x tensor; PPO samples on a mesh of its own, in brackets: weights are resharded once an iteration, in bf16.
 - *GiB* is what a device holds at the worst moment, state of phases that wait included, of what its compiler calls available.
-- *s* is a PM or LM update, or a whole PPO iteration with its parts: sampling, scoring, update. Predicted: the longest of compute,
-  HBM and interconnect of the compiled program, at {attainable} of their peaks. These shares are assumed. Latencies of small
+- *s* is a PM or LM update, or a whole PPO iteration with its parts: sampling, scoring, update. Predicted: the instructions of the compiled
+  program one after another, each by its products or its bytes, or its exchanges where they take longer, at {attainable} of the
+  peaks. These shares are assumed. Latencies of small
   collectives are not in it, of which decoding on a tensor axis has two a layer and token; nor is the resharding between the meshes.
 - *MFU* counts model FLOPs by formula; recomputation is not among them.
 """
@@ -39,7 +40,7 @@ CHECKED = "## Against a compiler that can run it"  # a section that is not made 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--chips", default="v5p,v5e,v6e")
+    parser.add_argument("--chips", default="v5p,v5e,v6e,h100")
     parser.add_argument("--sizes", default="13M,42M,197M,810M,2.7B,13B,52B")
     parser.add_argument("--stage", default="", help="lm, pm or ppo alone")
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "plans")
@@ -56,7 +57,8 @@ def main() -> None:
             if path.is_file():
                 found[chip, size] = json.loads(path.read_text())
     versions = next(iter(found.values()))
-    parts = [HEAD.format(libtpu=versions["libtpu"], jax=versions["jax"], attainable=shares(versions["attainable"]))]
+    compilers = " and ".join(dict.fromkeys(plan["compiler"] for plan in found.values()))
+    parts = [HEAD.format(compilers=compilers, jax=versions["jax"], attainable=shares(versions["attainable"]))]
     if options.stage:
         rows = [table_row(size, plan, row) for (_, size), plan in found.items() for row in plan["rows"]]
         options.out.write_text(parts[0] + "\n" + with_rows(options.out.read_text(), rows))

@@ -1,4 +1,4 @@
-"""Compiling for TPUs that are not there."""
+"""Compiling for TPUs and GPUs that are not there."""
 
 import importlib.util
 
@@ -8,10 +8,16 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec as P
 
 from hhjax import aot
+from hhjax.chips import Topology, parse_topology
 from hhjax.fields import ConfigError
+from hhjax.hlo import Program
+from hhjax.model.sizes import model_config
+from hhjax.model.transformer import RunConfig, make_model
 from hhjax.sharding import MeshConfig, make_mesh
 
-needs_libtpu = pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="libtpu is not installed: pip install -e '.[plan]'")
+TPU, CUDA = aot.COMPILERS["tpu"], aot.COMPILERS["cuda"]
+needs_libtpu = pytest.mark.skipif(not TPU.package, reason="libtpu is not installed: pip install -e '.[plan]'")
+needs_cuda = pytest.mark.skipif(not CUDA.package, reason="jax's CUDA plugin is not installed: pip install -e '.[cuda]'")
 
 
 def test_buffers_in_hbm_are_added_up():
@@ -27,16 +33,15 @@ allocation 6: size 2048, page 0, preallocated-temp:
     assert aot.buffer_bytes(text) == (1024, 2048)
 
 
-def test_without_libtpu_the_remedy_is_told(monkeypatch):
+@pytest.mark.parametrize(("compiler", "extra"), [(TPU, "plan"), (CUDA, "cuda")])
+def test_without_a_compiler_the_remedy_is_told(compiler, extra, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"pip install -e '\.\[plan\]'"):
-        aot.compile_for_tpu(resharded)
+    with pytest.raises(ConfigError, match=rf"pip install -e '\.\[{extra}\]'"):
+        aot.compile_ahead(compiler, resharded)
 
 
 def devices(topology: str):
-    from jax.experimental import topologies
-
-    return topologies.get_topology_desc(topology_name=topology, platform="tpu").devices
+    return aot.topology_devices(parse_topology(topology))
 
 
 def resharded():
@@ -62,18 +67,56 @@ def refused():
 
 @needs_libtpu
 def test_resharding_by_full_copies_is_seen():
-    found = aot.compile_for_tpu(resharded)
+    found = aot.compile_ahead(TPU, resharded)
     assert len(found.warnings) >= 1 and found.facts == {"said": 1} and not found.failure
     assert found.text.startswith("HloModule") and found.arguments == 512 * 128 * 4 // 4 and found.seconds > 0
 
 
 @needs_libtpu
 def test_what_does_not_fit_says_so():
-    found = aot.compile_for_tpu(too_large)
+    found = aot.compile_ahead(TPU, too_large)
     assert "HBM" in found.failure and "15.75G" in found.failure and not found.text
 
 
 @needs_libtpu
 def test_what_the_run_would_refuse_is_refused():
     with pytest.raises(ConfigError, match="batch 3 is not divisible"):
-        aot.compile_for_tpu(refused)
+        aot.compile_ahead(TPU, refused)
+
+
+def decoder(attention: str, heads: int, topology: Topology):
+    """The gradient of a decoder of the ladder's shape on rows of 384 tokens, of two dialogues each."""
+    mesh = make_mesh(MeshConfig(-1, 1, heads), aot.topology_devices(topology))
+    model = make_model(model_config("13M", 1000), mesh, RunConfig(attention=attention))
+    rows = jax.ShapeDtypeStruct((4, 384), jnp.int32, sharding=NamedSharding(mesh, P(("data", "fsdp"))))
+
+    def loss(params, tokens):
+        at = jnp.arange(384)
+        own = ((at[:, None] >= 200) == (at >= 200)) & (at <= at[:, None])
+        return jnp.sum(model.apply(params, tokens, mask=jnp.broadcast_to(own, (4, 384, 384)))[0].astype(jnp.float32))
+
+    return jax.jit(jax.grad(loss)).lower(jax.eval_shape(model.init, jax.random.key(0)), rows), {}
+
+
+@needs_cuda
+def test_a_gpu_s_attention_is_one_kernel_and_makes_no_scores():
+    """cuDNN plans it for an H100, forward and back; half of its products are never made, and nothing of [heads, T, T] is kept."""
+    fused, plain = (aot.compile_ahead(CUDA, decoder, attention, 1, Topology("h100", (1,))) for attention in ("auto", "plain"))
+    assert not fused.failure and not plain.failure and fused.arguments == plain.arguments > 0
+    assert "__cudnn$fmhaScaleBiasSoftmax" in fused.text and "BiasSoftmaxBackward" in fused.text and "cudnn$fmha" not in plain.text
+    scores = 2 * 2 * 4 * 8 * 384 * 384 * 64  # the two products of a layer's attention, forward
+    saved = Program(plain.text).flops() - Program(fused.text).flops()
+    assert saved == pytest.approx(4 * scores * (4 - 3.5 / 2), rel=0.01)  # plain: forward, again, and twice as much back; cuDNN: 2 + 5 products, halved
+    made = lambda found: any(s.dims[-2:] == (384, 384) and s.size > 4 * 384**2 for ops in Program(found.text).computations.values()  # noqa: E731
+                             for op in ops.values() for s in op.shapes)  # fmt: skip
+    assert made(plain) and not made(fused) and fused.temporaries < plain.temporaries
+    assert 1.7 * Program(fused.text).hbm_bytes() < Program(plain.text).hbm_bytes()
+
+
+@needs_cuda
+def test_fused_attention_is_split_over_rows_and_heads():
+    found = aot.compile_ahead(CUDA, decoder, "auto", 2, Topology("h100", (4,)))
+    assert not found.failure and found.warnings == ()
+    assert 'dimensions": ["2", "4", "384", "384"]' in found.text  # of four rows and eight heads
+    kinds = {(c.kind, c.axes) for c in Program(found.text).collectives({"data": 2, "fsdp": 1, "tensor": 2})}
+    assert ("all-gather", "data") not in kinds and ("all-reduce", "tensor") in kinds

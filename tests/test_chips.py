@@ -50,6 +50,16 @@ def test_rings_and_lines():
     assert Topology("v4", (4, 4, 4)).bandwidth({}) == CHIPS["v4"].bandwidth / 2  # and exchange through its memory
 
 
+def test_gpus_are_joined_in_machines_of_eight():
+    pair, rack, chip = Topology("h100", (2,)), Topology("h100", (32,)), CHIPS["h100"]
+    assert pair.hosts == (1, 2) and rack.hosts == (4, 8)
+    assert rack.bandwidth({2: 8}) == chip.link  # dimension 2 is the place in a machine, 1 the machine
+    assert rack.bandwidth({1: 4}) == chip.network  # one GPU of each: its own adapter
+    assert rack.bandwidth({1: 4, 2: 8}) == 8 * chip.network  # all of each: all adapters
+    with pytest.raises(ConfigError, match="12 GPUs do not fill machines of 8"):
+        Topology("h100", (12,)).hosts
+
+
 def test_chips_are_plausible():
     """Between a hundred and a thousand FLOPs for a byte of HBM, and links slower than HBM."""
     for chip in CHIPS.values():

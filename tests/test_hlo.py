@@ -93,6 +93,28 @@ def test_a_tpu_program_in_numbers():
     assert (found.kind, found.axes, found.times, found.looped, found.bytes) == ("reduce-scatter", "fsdp", 64, True, 8 * 64 * 2)
 
 
+GPU = (Path(__file__).parent / "golden" / "gpu_step.hlo").read_text()  # in the manner of XLA for CUDA
+
+
+def test_a_gpu_program_in_numbers():
+    program = Program(GPU)
+    products, heads = 2 * 2 * 8 * 64 * 128, 2 * 2 * 4 * 256 * 256 * 16  # one in a fusion and one of cuBLAS; a batched product of attention
+    forward, back = 2 * heads // 2, 5 * heads  # causal, so half of it is made; and whole
+    assert program.flops() == products + forward + back
+    rows, up, weights, array = 8 * 64 * 2, 8 * 128 * 2, 64 * 128 * 2, 2 * 4 * 256 * 16 * 2
+    told = 8 * 4  # ids, and places
+    kinds = [
+        (0, 2 * rows + told),  # of the table eight rows
+        (products / 2, rows + weights + up),  # through a view
+        (0, 2 * 8 * 4 * 16 * 2 + told),  # one slot of the cache
+        (products / 2, up + weights + rows + 4096),
+        (forward, 3 * array + array + 2 * 4 * 256 * 4),
+        (back, 4 * array + 2 * 4 * 256 * 4 + 3 * array),
+    ]
+    assert program.hbm_bytes() == sum(moved for _, moved in kinds)
+    assert program.serial_seconds(1e9, 1e8) == pytest.approx(sum(max(work / 1e9, moved / 1e8) for work, moved in kinds))
+
+
 def test_bytes_of_a_plain_program_are_its_operands_and_results():
     program = compiled(lambda x, y: jnp.sin(x) + y, (128, 256), (128, 256))
     assert program.hbm_bytes() == 3 * math.prod((128, 256)) * 4

@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import AbstractMesh
 
 from hhjax import lowering, pods
-from hhjax.aot import Compiled, compile_for_tpu
+from hhjax.aot import COMPILERS, Compiled, Compiler, compile_ahead
 from hhjax.chips import GIB, Topology, parse_topology
 from hhjax.experiment import Run, edit
 from hhjax.fields import ConfigError
@@ -23,7 +23,8 @@ from hhjax.sharding import AXES, MeshConfig, mesh_sizes
 
 POD = Path(__file__).resolve().parent.parent / "experiments" / "pods.py"
 TPU = (Path(__file__).parent / "golden" / "tpu_step.hlo").read_text()
-needs_libtpu = pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="libtpu is not installed: pip install -e '.[plan]'")
+needs_libtpu = pytest.mark.skipif(not COMPILERS["tpu"].package, reason="libtpu is not installed: pip install -e '.[plan]'")
+needs_cuda = pytest.mark.skipif(not COMPILERS["cuda"].package, reason="jax's CUDA plugin is not installed: pip install -e '.[cuda]'")
 
 
 def command(*flags):
@@ -89,21 +90,23 @@ def test_a_compiled_program_becomes_an_estimate():
     found = pods.read(step, topology, Compiled(facts, TPU, 350, 1000, "", (), 1.5), 10**6, 8e15)
     assert found.memory == {"parameters": 100, "optimiser": 200, "activations": 1000, "batch": 50} and found.used == 1350
     assert found.compiled == 8 * Program(TPU).flops() and found.seconds["compute"] == pytest.approx(Program(TPU).flops() / 459e12)
-    assert found.fits and found.predicted == pytest.approx(max(s / pods.ATTAINABLE[b] for b, s in found.seconds.items()))
+    assert found.serial == pytest.approx(Program(TPU).serial_seconds(0.8 * 459e12, 0.8 * 2765e9))
+    assert found.fits and found.predicted == max(found.serial, *(s / pods.ATTAINABLE[b] for b, s in found.seconds.items()))
     assert pods.mfu(found, topology) == pytest.approx(8e15 / (found.predicted * 8 * 459e12))
     lost = pods.read(step, topology, Compiled(facts, "", 0, 0, "HBM is full", ("w",), 1.0), 10**6, 8e15)
     assert not lost.fits and math.isinf(lost.predicted) and "does not fit: HBM is full" in "\n".join(pods.report(lost, topology))
 
 
-def test_a_gpu_is_planned_by_formula(capsys, tmp_path):
+def test_a_gpu_is_planned_by_formula_without_its_compiler(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(Compiler, "package", "")
     flags = ("--topology", "h200:64", "--only", "52B", "--stage", "pm", "--json", tmp_path / "plan.json")
     assert pods.run(*command(*flags)) == 0
     text = capsys.readouterr().out
-    assert "needs the device" in text and "parameters 3.03 GiB" in text and "at least" in text and "compiled in" not in text
+    assert "need jax's CUDA plugin: pip install -e '.[cuda]'" in text and "parameters 3.03 GiB" in text and "at least" in text and "compiled in" not in text
     saved = json.loads((tmp_path / "plan.json").read_text())
     [row] = saved["rows"]
     [step] = saved["steps"]
-    seconds = step["work"] / (64 * 989e12) / 0.65
+    seconds = step["work"] / (64 * 989e12) / 0.8
     assert row["seconds"] == pytest.approx(seconds) and row["days"] == pytest.approx(5025 * seconds / 86400)
     assert row["chip_hours"] == pytest.approx(row["days"] * 24 * 64) and step["compiled"] is None
 
@@ -158,6 +161,24 @@ def test_a_small_step_is_compiled_for_a_pod(capsys):
     assert "v5e:2x2: 4 chips" in text and "all-reduce         along data (4 devices)" in text and "fits " in text
 
 
+@needs_cuda
+def test_a_small_step_is_compiled_for_gpus(capsys):
+    """Of two machines: what goes between them is told, and takes as long as their adapters let it."""
+    assert pods.run(*command("--topology", "h100:16", "--only", "13M", "--stage", "pm")) == 0
+    text = capsys.readouterr().out
+    assert "h100:16: 16 chips" in text and "all-reduce         along data (16 devices)" in text and "fits " in text and "compiled in" in text
+
+
+@needs_cuda
+@pytest.mark.slow
+def test_an_iteration_of_ppo_on_eight_gpus_fits_and_reshards_nothing():
+    for step in steps("810M", "ppo", **{"mesh.fsdp": 8}):
+        compiled = compile_ahead(COMPILERS["cuda"], lowering.lower, step, parse_topology("h100:8"))
+        assert not compiled.failure and compiled.warnings == ()
+        found = pods.read(step, parse_topology("h100:8"), compiled, *pods.work_of(step, 8))
+        assert found.fits and 0.9 < found.compiled / found.work < 1.4  # in bf16 the policy is scored once more, which no formula counts
+
+
 @needs_libtpu
 @pytest.mark.slow
 @pytest.mark.parametrize(("size", "topology"), [("2.7B", "v5p:2x2x4"), ("13B", "v5p:2x4x4"), ("52B", "v5p:4x4x4")])
@@ -166,7 +187,7 @@ def test_nothing_is_replicated_or_resharded_by_accident(size, topology, stage):
     """An update gathers each layer's weights inside the loop over layers, in bf16, and no stack of layers outside it; gradients are
     scattered as they are reduced; the partitioner never copies an array whole; and all of it fits."""
     step = steps(size, stage)[-1]
-    compiled = compile_for_tpu(lowering.lower, step, topology)
+    compiled = compile_ahead(COMPILERS["tpu"], lowering.lower, step, parse_topology(topology))
     assert not compiled.failure and compiled.warnings == ()
     found = pods.read(step, parse_topology(topology), compiled, *pods.work_of(step, step.stage.mesh.fsdp))
     assert found.fits and found.memory["batch"] < 1e-3 * found.used  # what it is given is what was counted by formula, and rows
@@ -197,7 +218,7 @@ def test_decoding_gathers_no_weights():
     """They are resharded once an iteration: inside the loop over tokens only activations travel."""
     sample = steps("197M", "ppo")[0]
     sample = sample._replace(stage=replace(sample.stage, rollout_mesh=MeshConfig(-1, 1, 2)))
-    compiled = compile_for_tpu(lowering.lower, sample, "v5p:2x2x1")
+    compiled = compile_ahead(COMPILERS["tpu"], lowering.lower, sample, parse_topology("v5p:2x2x1"))
     found = pods.read(sample, parse_topology("v5p:2x2x1"), compiled, *pods.work_of(sample, 4))
     assert not compiled.failure and compiled.warnings == () and found.mesh == {"data": 2, "fsdp": 1, "tensor": 2}
     smallest = 2 * 1280 * 1280 // 2  # the least of a block's matrices, in bf16, on one device

@@ -71,3 +71,18 @@ def test_compiled_programs_are_kept_unless_the_user_says_where(monkeypatch, tmp_
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "/elsewhere")
     process.keep_compiled()
     assert os.environ["JAX_COMPILATION_CACHE_DIR"] == "/elsewhere"
+
+
+def test_most_of_a_gpu_is_taken_unless_the_user_says_how_much(monkeypatch):
+    for name in ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    process.take_memory()
+    assert os.environ["XLA_CLIENT_MEM_FRACTION"] == "0.9"
+    monkeypatch.setenv("XLA_CLIENT_MEM_FRACTION", "0.4")
+    process.take_memory()
+    assert os.environ["XLA_CLIENT_MEM_FRACTION"] == "0.4"
+    monkeypatch.delenv("XLA_CLIENT_MEM_FRACTION")
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.3")  # jax refuses both together
+    process.take_memory()
+    assert "XLA_CLIENT_MEM_FRACTION" not in os.environ

@@ -16,13 +16,13 @@ from hhjax.data.packing import ReplyPacker
 from hhjax.data.stream import Host
 from hhjax.loops.sampling import fetch, frozen, make_sample
 from hhjax.loops.supervised import compute_dtype
-from hhjax.model.transformer import make_model
+from hhjax.model.transformer import make_model, unstacked, unstacked_axes
 from hhjax.sharding import batch_host, batch_sharding, batch_ways, batches_sharding, param_shardings, put_batch, put_batches, replicated
 from hhjax.stages import PPO
 from hhjax.train.rollout import Judges, make_actor, make_exact_kl, make_score
 from hhjax.train.state import PartsOptimizer, TrainState, make_parts_optimizer, state_shardings
 from hhjax.train.step import make_ppo_update, make_train_step
-from hhjax.types import PackedReplies, Vocabulary
+from hhjax.types import Model, PackedReplies, Vocabulary
 
 
 class Phases(NamedTuple):
@@ -108,9 +108,8 @@ def make_phases(stage: PPO, models: dict, vocab: Vocabulary, mesh, rollout_mesh,
     spread, gather, sampler = (lambda x: x), (lambda x: x), policy
     if stage.rollout_mesh:
         sampler = make_model(policy.config, rollout_mesh, stage.run)
-        shapes = jax.eval_shape(sampler.init, jax.random.key(0))
-        places = param_shardings(sampler.axes(), shapes, rollout_mesh)
-        cast = jax.jit(lambda params: frozen(params, dtype))  # what travels, and what decoding reads at every token
+        places = decoding_shardings(sampler, rollout_mesh)
+        cast = jax.jit(lambda params: unstacked(frozen(params, dtype)))  # what travels, and what decoding reads at every token
         spread = lambda params: jax.device_put(cast(params), places)  # noqa: E731
         gather = lambda samples: jax.device_put(samples, rows)  # noqa: E731
 
@@ -164,6 +163,12 @@ def ppo_shardings(optimizer: PartsOptimizer, models: dict, mesh) -> TrainState:
     shapes = {name: jax.eval_shape(models[name].init, jax.random.key(0)) for name in optimizer.parts}
     places = {name: param_shardings(models[name].axes(), shapes[name], mesh) for name in optimizer.parts}
     return state_shardings(optimizer, shapes, places, mesh)
+
+
+def decoding_shardings(model: Model, mesh):
+    """Where `unstacked` parameters lie."""
+    shapes = jax.eval_shape(lambda key: unstacked(model.init(key)), jax.random.key(0))
+    return param_shardings(unstacked_axes(model.axes(), model.config.layers), shapes, mesh)
 
 
 # What the models read --------------------------------------------------------------------------------------------------

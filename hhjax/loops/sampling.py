@@ -23,7 +23,7 @@ from hhjax.io.metrics import write_event
 from hhjax.loops import inputs
 from hhjax.loops.supervised import compute_dtype, load_model
 from hhjax.model.generate import Sampling, generate, slots_of
-from hhjax.model.transformer import RunConfig
+from hhjax.model.transformer import RunConfig, unstacked
 from hhjax.objectives.preference import end_scores
 from hhjax.sharding import batch_host, batch_sharding, batch_ways, check_batch, make_mesh, put_batch, replicated
 from hhjax.stages import BestOfN, Comparisons, StageContext
@@ -181,6 +181,7 @@ def draw_and_judge(stage, ctx: StageContext, key, found: Mapping[str, Loaded], p
     judge = {name: make_judge(found[name].model, mesh) for name in judges}
     packer = ReplyPacker(stage.prompt_len, stage.sampling.max_new_tokens, tok.vocabulary, batch_ways(mesh), shared, Host(*batch_host(mesh)))
     params = {name: frozen(found[name].params, compute_dtype(stage.run, mesh)) for name in (policy, *judges)}
+    params[policy] = jax.jit(unstacked)(params[policy])
     scores, texts = {name: [] for name in judges}, []
     for places, real in row_batches(len(rows), stage.batch_size):
         ctx.stop_if_told()

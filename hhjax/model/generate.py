@@ -1,4 +1,4 @@
-"""Sampling: replies to ragged prompts with a static key/value cache, whose slots go from rows that have ended to rows that wait."""
+"""Sampling: replies to ragged prompts with a static key/value cache, whose rows go from replies that have ended to those that wait."""
 
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -104,9 +104,13 @@ def generate(model: Model, params: Params, prompts: Tokens, row_ids, key: Key, v
         return draw(last, slots), cache
 
     def step(carry: Carry) -> Carry:
-        slots = carry.slots
-        at = slots.prompt_len + slots.t - 1  # of the newest token; a slot that has ended writes to one place over and over
-        hidden, cache = model.apply(params, slots.last[:, None], at[:, None], None, carry.cache)
+        """Behind the prompts the cache is a ring of r columns: a step writes the newest token of every row to the same, wherever it stands in its
+        row, and a row sees as many columns, backwards, as it has tokens."""
+        slots, column = carry.slots, carry.steps % r
+        age, place = (column - jnp.arange(-p, r)) % r, jnp.arange(p + r)
+        visible = jnp.where(place < p, place < slots.prompt_len[:, None], age < slots.t[:, None])
+        at = slots.prompt_len + slots.t - 1
+        hidden, cache = model.apply(params, slots.last[:, None], at[:, None], visible[:, None], carry.cache, p + column)
         return carry._replace(slots=draw(hidden[:, 0], slots), cache=cache, steps=carry.steps + 1)
 
     def takers(carry: Carry):

@@ -62,7 +62,8 @@ class ModelConfig:
 class RunConfig:
     """How a model is executed. Only dtype changes a result by more than rounding, and is part of a stage's identity.
 
-    remat: "none", "dots" (keep matrix products) or "full" (keep block inputs only).
+    remat: what the backward pass finds of the forward one: "none" (all that it uses), "dots" (matrix products and fused attention; the rest is
+    cheap to compute anew and dear to keep), "full" (block inputs only), or "auto" ("none" on CPU, "dots" elsewhere).
     unroll: layers per scan step; 0 is all of up to 8 on CPU, where it saves a third, and one elsewhere.
     dtype: "float32", "bfloat16", or "auto" (bfloat16 on GPU and TPU); parameters are f32 always.
     barrier: "auto" (CPU only), "on" or "off": what XLA's CPU compiler needs to be told, see `product`, `rotate_and_back`, `once`,
@@ -70,7 +71,7 @@ class RunConfig:
     attention: "auto" (cuDNN's fused kernel where `has_flash`) or "plain".
     """
 
-    remat: str = field(default="none", metadata={"identity": False})
+    remat: str = field(default="auto", metadata={"identity": False})
     unroll: int = field(default=0, metadata={"identity": False})
     dtype: str = "auto"
     barrier: str = field(default="auto", metadata={"identity": False})
@@ -91,8 +92,7 @@ class Where(NamedTuple):
 
 
 class Cache(NamedTuple):
-    """Keys and values of every layer: tuples of [B, kv_heads, S, head_dim]. Slot = position, so pads of a
-    right-padded prompt are overwritten before any query may see them."""
+    """Keys and values of every layer: tuples of [B, kv_heads, S, head_dim]. Which slot holds which token is the caller's to know."""
 
     keys: tuple[Array, ...]
     values: tuple[Array, ...]
@@ -113,7 +113,7 @@ def make_model(cfg: ModelConfig, mesh=None, run: RunConfig = RunConfig()) -> Mod
     policy serves the reference, the PM and the value network too. With a mesh, activations are pinned to (data, fsdp) at block
     boundaries and each layer's weights are gathered over fsdp before use; without the pins the partitioner
     spreads the parameters' sharding into the activations (0.29 of the one-device rate on eight devices)."""
-    for name, allowed in (("remat", tuple(REMAT)), ("attention", ("auto", "plain"))):
+    for name, allowed in (("remat", ("auto", *REMAT)), ("attention", ("auto", "plain"))):
         if getattr(run, name) not in allowed:
             raise ValueError(f"{name} {getattr(run, name)!r}; choose one of {', '.join(allowed)}")
     device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
@@ -122,6 +122,7 @@ def make_model(cfg: ModelConfig, mesh=None, run: RunConfig = RunConfig()) -> Mod
     barrier = run.barrier == "on" or (run.barrier == "auto" and platform == "cpu")
     fused = run.attention == "auto" and has_flash(device, dtype, cfg.head_dim)
     unroll = min(cfg.layers, run.unroll or (8 if platform == "cpu" else 1))
+    policy = REMAT[run.remat if run.remat != "auto" else "none" if platform == "cpu" else "dots"]
     block = Block(cfg, dtype, barrier, fused)
     axes, declared = decoder_axes(cfg), block_params(cfg)
     layer_axes, shapes = ({name: get(box) for name, box in declared.items()} for get in (lambda b: b.names, lambda b: b.value.shape))
@@ -141,27 +142,30 @@ def make_model(cfg: ModelConfig, mesh=None, run: RunConfig = RunConfig()) -> Mod
         return init_decoder(cfg, block, key)
 
     @jax.jit  # traced once for all layers and programs that give it equal shapes; XLA inlines the calls
-    def layer(x, weights, where, kv=None):
-        x, kv = block.apply({"params": gather(weights, layer_axes)}, pin(x), where, kv)
+    def layer(x, weights, where, kv=None, slot=None):
+        x, kv = block.apply({"params": gather(weights, layer_axes)}, pin(x), where, kv, slot)
         return pin(x), kv
 
-    def apply(params, tokens, positions=None, mask=None, cache=None):
+    def apply(params, tokens, positions=None, mask=None, cache=None, slot=None):
         """tokens [B, T] -> (final normed hidden [B, T, D], cache).
 
-        positions: [B, T], 0.. by default and in an empty cache; consecutive from positions[:, 0] in one that is not. Without a cache they
-        may begin again inside a row, with a mask [B, T, T].
+        positions: [B, T], 0.. by default. They may begin again inside a row, with a mask [B, T, T].
         mask: [B, S] keys that exist, beyond causality; right padding needs none. Or [B, T, S] keys that each token may see,
-        causality included: nothing that lies later in the row. S is T, but for a cache that is not empty, whose length it is. Raises
-        ValueError for a mask of another S.
+        causality included: nothing that lies later in the row. S is T, or the cache's slots where `slot` is given.
+        slot: int32, one for all rows, where in the cache the first of the tokens goes. Then `mask` says which slots each of them may see, its
+        own among them. None: the cache is empty, and they are all that is seen. Raises ValueError for a mask of another S, or of none.
         """
-        own = cache is None or positions is None  # the keys to be seen are those of `tokens`: a cache's other slots are empty
+        own = slot is None  # the keys to be seen are those of `tokens`: a cache's other slots are empty
         # One row of positions and one mask where every row has the same: [1, T], [1, T, S] instead of [B, ...].
         positions = jnp.arange(tokens.shape[1])[None] if positions is None else positions
-        key_positions = positions if own else jnp.arange(cache.keys[0].shape[2])[None]
-        if mask is not None and mask.shape[-1] != key_positions.shape[-1]:
-            raise ValueError(f"a mask of shape {mask.shape} where {key_positions.shape[-1]} keys may be seen; give one of [B, S] or [B, T, S]")
-        causal = key_positions[:, None, :] <= positions[:, :, None]
-        visible = causal if mask is None else mask if mask.ndim == 3 else causal & mask[:, None, :]
+        keys = tokens.shape[1] if own else cache.keys[0].shape[2]
+        if (mask.shape[-1] if mask is not None else tokens.shape[1]) != keys or not (own or (mask is not None and mask.ndim == 3)):
+            raise ValueError(f"a mask of shape {getattr(mask, 'shape', None)} where {keys} keys may be seen; give one of [B, T, {keys}]"
+                             + (f" or [B, {keys}]" if own else ""))  # fmt: skip
+        visible = mask
+        if mask is None or mask.ndim == 2:
+            causal = positions[:, None, :] <= positions[:, :, None]
+            visible = causal if mask is None else causal & mask[:, None, :]
         ordered = fused and own and mask is None
         known = lambda: (*rotation(cfg, positions), None if ordered else jnp.where(visible, 0.0, -1e30))  # noqa: E731
         alone = mesh is None or mesh.size == 1  # a branch's values would be whole on every device
@@ -170,32 +174,35 @@ def make_model(cfg: ModelConfig, mesh=None, run: RunConfig = RunConfig()) -> Mod
 
         if cache is None:
             body = lambda x, weights: (layer(x, weights, where)[0], None)  # noqa: E731
-            if REMAT[run.remat] is not None:
+            if policy is not None:
                 # Where no loop parts forward from backward, XLA would find both the same and keep what was to be computed anew.
-                body = jax.checkpoint(body, policy=REMAT[run.remat], prevent_cse=unroll == cfg.layers)
+                body = jax.checkpoint(body, policy=policy, prevent_cse=unroll == cfg.layers)
             x, _ = jax.lax.scan(body, x, params["blocks"], unroll=unroll)
         else:  # unrolled: a scan would copy the whole cache at every layer
             new = []
             for i, weights in enumerate(layers_of(params["blocks"])):
-                x, kv = layer(x, weights, where, (cache.keys[i], cache.values[i]))
+                x, kv = layer(x, weights, where, (cache.keys[i], cache.values[i]), slot)
                 new.append(kv)
             cache = Cache(*map(tuple, zip(*new)))
         return normalize(cfg, x, params["final_norm_scale"], params.get("final_norm_bias")), cache
 
     def layers_of(blocks):
         """The weights of each layer, of stacked ones or of `unrolled` ones."""
-        if isinstance(blocks, tuple):
-            return [{name: w.T.reshape(shapes[name]) if w.ndim > 1 else w for name, w in weights.items()} for weights in blocks]
-        return [jax.tree.map(lambda w: w[i], blocks) for i in range(cfg.layers)]
+        if not isinstance(blocks, tuple):
+            return unstack(blocks)
+        if not barrier:
+            return blocks
+        return [{name: w.T.reshape(shapes[name]) if w.ndim > 1 else w for name, w in weights.items()} for weights in blocks]
 
     def unrolled(params):
-        """On CPU a tree per layer, whose matrices are turned so that products sum over the last axis: those of a few rows are twice
-        as fast."""
-        if not barrier:
-            return params
-        turned = lambda name, w: w.reshape(-1, cfg.width).T if name == "o" else w.reshape(len(w), -1).T  # noqa: E731
-        blocks = [{name: turned(name, w) if w.ndim > 1 else w for name, w in ws.items()} for ws in layers_of(params["blocks"])]
-        return params | {"blocks": jax.lax.optimization_barrier(tuple(blocks))}
+        """A tree per layer in the compute dtype: a loop over tokens would slice stacked weights anew for each. On CPU matrices are turned as
+        well, so that products sum over the last axis: those of a few rows are twice as fast."""
+        blocks = params["blocks"] if isinstance(params["blocks"], tuple) else unstack(params["blocks"])
+        if barrier:
+            turned = lambda name, w: w.reshape(-1, cfg.width).T if name == "o" else w.reshape(len(w), -1).T  # noqa: E731
+            blocks = tuple({name: turned(name, w) if w.ndim > 1 else w for name, w in weights.items()} for weights in blocks)
+            return params | {"blocks": jax.lax.optimization_barrier(blocks)}
+        return jax.tree.map(lambda w: w.astype(dtype) if w.ndim > 1 else w, params | {"blocks": blocks})
 
     def logits(params, hidden):
         """[..., D] -> [..., V] f32."""
@@ -227,9 +234,9 @@ class Block(nn.Module):
     fused: bool = False
 
     @nn.compact
-    def __call__(self, x, where, kv=None):
+    def __call__(self, x, where, kv=None, slot=None):
         cfg = self.cfg
-        a, kv = self.attention(self.norm("attn_norm", x), where, kv)
+        a, kv = self.attention(self.norm("attn_norm", x), where, kv, slot)
         if cfg.parallel_residual:
             return x + a + self.mlp(self.norm("mlp_norm", x)), kv
         x = x + a
@@ -269,7 +276,7 @@ class Block(nn.Module):
             y = y + self.vector(f"{name}_bias", (heads, cfg.head_dim), (axis, "head_dim")).astype(self.dtype)
         return y
 
-    def attention(self, x, where, kv):
+    def attention(self, x, where, kv, slot):
         cfg = self.cfg
         q = self.project("q", x, cfg.heads, "heads")
         k = self.project("k", x, cfg.kv_heads, "kv_heads")
@@ -280,10 +287,9 @@ class Block(nn.Module):
         q, k = turn(q, where.sin, where.cos), turn(k, where.sin, where.cos)
         k, v = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)  # [B, K, T, d], the cache's layout
         if kv is not None:
-            start = jnp.broadcast_to(where.positions[:, 0], x.shape[:1])
-            kv = write(kv[0], k, start), write(kv[1], v, start)
+            kv = write(kv[0], k, slot), write(kv[1], v, slot)
         bias, length = where.bias, x.shape[1]
-        if bias is not None and bias.shape[-1] != length:  # the keys to be seen are not those of x alone
+        if slot is not None:  # the keys to be seen are not those of x alone
             y = attend(q, *kv, bias)
         elif self.fused and (bias is None or length % 2 == 0):
             y = attend_fused(q, k, v, bias)
@@ -412,10 +418,26 @@ def rotate_and_back(x, sin, cos):
 rotate_and_back.defvjp(lambda x, *angles: (rotate(x, *angles), angles), lambda angles, g: (rotate(g, -angles[0], angles[1]), None, None))
 
 
-def write(buffer, update, start):
-    """buffer [B, K, S, d] with update [B, K, T, d] written at slots start[b]...; start: [B]."""
-    one = lambda buf, new, at: jax.lax.dynamic_update_slice(buf, new.astype(buf.dtype), (0, at, 0))  # noqa: E731
-    return jax.vmap(one)(buffer, update, start)
+def write(buffer, update, slot):
+    """buffer [B, K, S, d] with update [B, K, T, d] written from `slot` (0 where None) on, the same in every row: a slot of each row's own
+    would be a scatter, which TPUs do row by row."""
+    return jax.lax.dynamic_update_slice(buffer, update.astype(buffer.dtype), (0, 0, 0 if slot is None else slot, 0))
+
+
+def unstack(blocks):
+    """The weights of each layer, from the stacked ones."""
+    layers = len(jax.tree.leaves(blocks)[0])
+    return tuple(jax.tree.map(lambda w: w[i], blocks) for i in range(layers))
+
+
+def unstacked(params):
+    """Parameters with a tree per layer, which `Model.unrolled` takes as well as stacked ones, and then without another copy."""
+    return params | {"blocks": unstack(params["blocks"])}
+
+
+def unstacked_axes(axes, layers: int):
+    """The logical axes of `unstacked` parameters."""
+    return axes | {"blocks": layers * ({name: names[1:] for name, names in axes["blocks"].items()},)}
 
 
 @jax.custom_vjp

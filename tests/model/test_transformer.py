@@ -1,15 +1,28 @@
 """The decoder: parameter counts, causality, padding, the cache, remat, the product with its own backward, precision."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from hhjax.model import transformer
+from hhjax.model.attention import attend, attend_fused, attend_in_parts, has_flash, parts
 from hhjax.model.sizes import SIZES, matmul_params, model_config
-from hhjax.model.attention import attend, attend_in_parts, parts
-from hhjax.model.transformer import ModelConfig, RunConfig, config_from_json, config_to_json, make_model, rotate, rotation
+from hhjax.model.transformer import (
+    ModelConfig,
+    RunConfig,
+    config_from_json,
+    config_to_json,
+    make_model,
+    rotate,
+    rotation,
+    unstacked,
+    unstacked_axes,
+)
+from hhjax.sharding import is_axes
 
 TINY = model_config("0.1M", 100)
 GROUPED = ModelConfig(
@@ -79,14 +92,16 @@ def test_cached_decoding_of_ragged_rows_equals_the_full_forward(cfg):
     _, cache = model.apply(params, prompt, cache=model.init_cache(3, 12))
     params = model.unrolled(params)
     assert isinstance(params["blocks"], tuple)
-    for step in range(7):
-        at = start + step
+    for step in range(7):  # behind the prompts a column of the cache for every step
+        at, column = start + step, jnp.arange(12)
         token = jnp.take_along_axis(tokens, at[:, None], 1)
-        hidden, cache = model.apply(params, token, positions=at[:, None], cache=cache)
+        seen = (column < start[:, None]) | ((5 <= column) & (column <= 5 + step))
+        hidden, cache = model.apply(params, token, at[:, None], seen[:, None], cache, slot=5 + step)
         expected = jnp.take_along_axis(full, at[:, None, None], 1)
         np.testing.assert_allclose(hidden, expected, atol=1e-5, rtol=0)
-    with pytest.raises(ValueError, match="where 12 keys may be seen"):  # else taken for one of the token's own keys
-        model.apply(params, token, at[:, None], jnp.ones((3, 1, 1), bool), cache)
+    for mask in (jnp.ones((3, 1, 1), bool), jnp.ones((3, 12), bool), None):  # the first would be taken for the token's own key
+        with pytest.raises(ValueError, match="where 12 keys may be seen"):
+            model.apply(params, token, at[:, None], mask, cache, slot=11)
 
 
 @CONFIGS
@@ -161,6 +176,72 @@ def test_attention_in_parts_knows_one_mask_for_all_rows_and_bfloat16(dtype, off,
         assert mine.dtype == theirs.dtype == dtype
         mine, theirs = (np.asarray(x, np.float32) for x in (mine, theirs))
         assert np.max(np.abs(mine - theirs)) < off * np.max(np.abs(theirs))
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_fused_attention_is_attention_and_so_is_its_gradient(masked):
+    """By jax's own reference of what cuDNN's kernel computes: of grouped heads, by order alone and where a row holds two dialogues."""
+    q, k, v, g = (jax.random.normal(jax.random.key(i), (2, *s)) for i, s in enumerate([(34, 6, 8), (2, 34, 8), (2, 34, 8), (34, 6, 8)]))
+    at = jnp.arange(34)
+    segment = jnp.stack([at >= 17, at >= 11]) if masked else jnp.zeros((2, 34), int)
+    bias = jnp.where((segment[:, :, None] == segment[:, None]) & (at[None] <= at[:, None]), 0.0, -1e30)
+    fused = lambda *x: attend_fused(*x, bias if masked else None, implementation="xla")  # noqa: E731
+    (y, back), (expected, plain) = jax.vjp(fused, q, k, v), jax.vjp(lambda *x: attend(*x, bias), q, k, v)
+    np.testing.assert_allclose(y, expected, atol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), back(g), plain(g))
+
+
+@pytest.mark.parametrize(("capability", "dtype", "head_dim", "fused"), [
+    ("9.0", "bfloat16", 128, True), ("8.0", "bfloat16", 64, True), ("10.0", "bfloat16", 128, True), ("7.5", "bfloat16", 64, False),
+    ("9.0", "float32", 128, False), ("9.0", "bfloat16", 256, False), ("9.0", "bfloat16", 36, False), ("gfx942", "bfloat16", 64, False),
+    (None, "bfloat16", 64, False),
+])  # fmt: skip
+def test_attention_is_fused_where_a_kernel_is(capability, dtype, head_dim, fused):
+    device = SimpleNamespace(**({} if capability is None else {"compute_capability": capability}))
+    assert has_flash(device, jnp.dtype(dtype), head_dim) == fused
+
+
+@CONFIGS
+def test_a_model_with_fused_attention_is_the_model(cfg, monkeypatch):
+    """Rows in order, rows of two dialogues, rows padded on the left, and rows of an odd length, for which there is no kernel with a mask."""
+    cfg, tokens, calls = replace(cfg, norm_eps=2e-5), tokens_for(cfg), []  # a config of its own: models of equal arguments are one
+    plain = make_model(cfg, run=RunConfig(barrier="off", attention="plain"))
+    params = plain.init(jax.random.key(1))
+    monkeypatch.setattr(transformer, "has_flash", lambda *_: True)
+    monkeypatch.setattr(transformer, "attend_fused", lambda q, k, v, bias: calls.append(bias is not None) or attend_fused(q, k, v, bias, "xla"))
+    fused = make_model(cfg, run=RunConfig(barrier="off"))
+    segment = jnp.broadcast_to(jnp.arange(12) >= 5, (3, 12))
+    own = (segment[:, :, None] == segment[:, None]) & jnp.tri(12, dtype=bool)
+    left = jnp.broadcast_to(jnp.maximum(jnp.arange(12) - 4, 0), (3, 12)), jnp.broadcast_to(jnp.arange(12) >= 4, (3, 12))
+    for args, masks in (((tokens,), [False]), ((tokens, jnp.arange(12) - 5 * segment, own), [True]), ((tokens, *left), []),  # of known shapes
+                        ((tokens[:, :11],), [False]), ((tokens[:, :11], None, own[:, :11, :11]), [])):  # fmt: skip
+        calls.clear()
+        real = 4 if len(args) == 3 and args[2].ndim == 2 else 0  # what pads see is nobody's concern
+        np.testing.assert_allclose(fused.apply(params, *args)[0][:, real:], plain.apply(params, *args)[0][:, real:], atol=2e-5)
+        assert calls == masks
+    loss = lambda model: jax.grad(lambda p: jnp.mean(jnp.square(model.apply(p, tokens, None, own)[0])))(params)  # noqa: E731
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-3), loss(fused), loss(plain))
+
+
+def test_no_row_is_written_to_the_cache_apart():
+    """A scatter is what TPUs do row by row: every step writes one column of the cache."""
+    model = make_model(TINY)
+    params, cache = model.unrolled(model.init(jax.random.key(0))), model.init_cache(3, 12)
+    step = lambda slot: model.apply(params, jnp.ones((3, 1), int), jnp.array([[4], [6], [5]]), jnp.ones((3, 1, 12), bool), cache, slot)  # noqa: E731
+    assert "scatter" not in str(jax.make_jaxpr(step)(7))
+
+
+def test_what_is_unrolled_is_in_the_compute_dtype_and_a_tree_per_layer():
+    """Off a CPU: a loop over tokens neither slices the stack nor casts. Stacked or not makes no difference."""
+    model, tokens = make_model(TINY, run=RunConfig(barrier="off", dtype="bfloat16")), tokens_for(TINY)
+    params = model.init(jax.random.key(0))
+    flat = model.unrolled(params)
+    assert isinstance(flat["blocks"], tuple) and {x.dtype.name for x in jax.tree.leaves(flat) if x.ndim > 1} == {"bfloat16"}
+    jax.tree.map(np.testing.assert_array_equal, flat, model.unrolled(unstacked(params)))
+    shapes = jax.tree.map(lambda names, x: len(names) == x.ndim, unstacked_axes(model.axes(), TINY.layers), unstacked(params), is_leaf=is_axes)
+    assert all(jax.tree.leaves(shapes))
+    hidden = [model.apply(p, tokens, cache=model.init_cache(3, 12))[0] for p in (params, flat)]
+    np.testing.assert_array_equal(*hidden)
 
 
 @pytest.mark.parametrize("length", [1, 63, 64, 130, 300, 513])
