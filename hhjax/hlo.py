@@ -81,7 +81,7 @@ class Program:
         self.computations: dict[str, dict[str, Op]] = {}
         self.entry, self._known_users = "", {}
         current = None
-        for line in text.splitlines():
+        for line in re.sub(r"=\{\n.*\n\}", "={}", text).splitlines():  # what kernels of Pallas say of themselves is in lines of its own
             if header := HEADER.match(line):
                 current = self.computations.setdefault(header[2], {})
                 self.entry = header[2] if header[1] else self.entry
@@ -287,8 +287,8 @@ def product_flops(op: Op, ops: Mapping[str, Op]) -> int:
         return 2 * op.shapes[0].size * math.prod(left[int(d)] for d in contracted.split(",") if d)
     if op.kind == "convolution":
         return convolution_flops(op, *(ops[name].shapes[0].dims for name in op.operands[:2]))
-    if op.kind == "custom-call" and (target := re.search(r'custom_call_target="__(cublas|cudnn\$fmha)', op.attributes)):
-        return cublas_flops(op, ops) if target[1] == "cublas" else attention_flops(op)
+    if op.kind == "custom-call":
+        return next((count(op, ops) for mark, count in CUSTOM.items() if mark in op.attributes), 0)
     return 0
 
 
@@ -298,12 +298,26 @@ def cublas_flops(op: Op, ops: Mapping[str, Op]) -> int:
     return 2 * op.shapes[0].size * math.prod(left[int(d)] for d in re.findall(r"\d+", contracted))
 
 
-def attention_flops(op: Op) -> int:
-    """cuDNN's: two products forward and five back, of which it makes half where nothing later is seen."""
+def cudnn_flops(op: Op, ops: Mapping[str, Op]) -> int:
     scores = re.search(r'"intermediate_tensor_shape":.*?"dimensions": ?\[([\d", ]*)\]', op.attributes)[1]
-    products = 5 if re.search(r'fmha\w*Backward', op.attributes) else 2
-    whole = products * 2 * math.prod(map(int, re.findall(r"\d+", scores))) * op.shapes[0].dims[-1]
-    return whole // 2 if "CAUSAL" in op.attributes else whole
+    size = math.prod(map(int, re.findall(r"\d+", scores))) * op.shapes[0].dims[-1]
+    return attention_flops(size, "Backward" in op.attributes, "CAUSAL" in op.attributes)
+
+
+def splash_flops(op: Op, ops: Mapping[str, Op]) -> int:
+    """Where nothing later is seen, as everywhere here; other blocks that it leaves out are not known. 0 for other kernels."""
+    if "splash_mha" not in op.attributes:
+        return 0
+    q, k, *_ = (s for name in op.operands for s in ops[name].shapes if len(s.dims) > 2 and s.dtype in ("bf16", "f32"))
+    return attention_flops(q.size * k.dims[-2], "splash_mha_fwd" not in op.attributes, True)
+
+
+def attention_flops(size: int, backward: bool, causal: bool) -> int:
+    """Of a fused kernel: two products of `size` multiply-adds forward and five back, of which half are made where nothing later is seen."""
+    return (5 if backward else 2) * 2 * size // (2 if causal else 1)
+
+
+CUSTOM = {"__cublas": cublas_flops, "__cudnn$fmha": cudnn_flops, '"tpu_custom_call"': splash_flops}  # by what stands in the call
 
 
 def convolution_flops(op: Op, left: tuple[int, ...], right: tuple[int, ...]) -> int:

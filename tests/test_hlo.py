@@ -115,6 +115,24 @@ def test_a_gpu_program_in_numbers():
     assert program.serial_seconds(1e9, 1e8) == pytest.approx(sum(max(work / 1e9, moved / 1e8) for work, moved in kinds))
 
 
+def test_a_kernel_of_pallas_says_things_in_lines_of_its_own_and_is_counted():
+    """Splash attention of 8 heads over 256 tokens of 64: two products, of which half are made; another kernel of which nothing is known."""
+    call = """ENTRY %main (q: bf16[8,256,64], ids: s8[1,2,2]) -> bf16[8,256,64] {
+  %q = bf16[8,256,64]{2,1,0} parameter(0)
+  %ids = s8[1,2,2]{2,1,0} parameter(1)
+  %closed_call.1 = (f32[128,128]{1,0}, bf16[8,256,64]{2,1,0}) custom-call(%ids, %q, %q, %q), custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={
+"xprof_metadata":"{\\"block_q\\": 128}"
+}}, metadata={op_name="jit(f)/splash_mha_fwd_residuals/pallas_call"}
+  ROOT %y = bf16[8,256,64]{2,1,0} get-tuple-element(%closed_call.1), index=1, frontend_attributes={kernel_metadata={
+"xprof_metadata":"{}"
+}}
+}"""
+    assert Program(call).flops() == 2 * 2 * 8 * 256 * 256 * 64 // 2
+    assert Program(call.replace("fwd_residuals", "dkv_no_residuals")).flops() == 5 * 2 * 8 * 256 * 256 * 64 // 2
+    assert Program(call.replace("splash_mha_fwd_residuals", "other")).flops() == 0
+    assert Program(call).hbm_bytes() == 4 * 8 * 256 * 64 * 2 + 4 + 128 * 128 * 4
+
+
 def test_bytes_of_a_plain_program_are_its_operands_and_results():
     program = compiled(lambda x, y: jnp.sin(x) + y, (128, 256), (128, 256))
     assert program.hbm_bytes() == 3 * math.prod((128, 256)) * 4

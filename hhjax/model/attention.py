@@ -1,10 +1,16 @@
-"""Softmax attention: as it is written down, in parts for CPU, and by cuDNN. Every array keeps heads apart, grouped under the key head that they read."""
+"""Softmax attention: as it is written down, in parts for CPU, by the kernels of GPUs and TPUs. Every array keeps heads apart, grouped under the key head that they read."""
 
 import re
+from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash, splash_attention_mask as splash_mask
 
+from hhjax.sharding import batch_ways, spec
+
+KEPT = "attention"  # the name of what splash attention leaves for its gradient
+SPLASH_ROWS = 128  # of which its blocks are made
 HIDDEN = -(2.0**41)  # the lowest bias that jax itself gives cuDNN's kernel in bf16, which errs in differences of larger ones
 
 
@@ -74,22 +80,65 @@ def _parts_backward(saved, g):
 attend_in_parts.defvjp(_parts_forward, _parts_backward)
 
 
-def has_flash(device, dtype, head_dim: int) -> bool:
-    """Whether cuDNN's fused attention runs there: NVIDIA's Ampere or later, in bf16, with heads of at most 128 in eighths."""
+def fused_attention(device, dtype, head_dim: int, mesh=None):
+    """The kernel of `attend` for this device where no token sees a later one of its row (S = T), called (q, k, v, bias); None where there is none.
+    bias: [B or 1, T, T] f32, 0 or as low as one likes; None where order alone decides. No array of [H, T, T] f32 is made.
+
+    By cuDNN on NVIDIA's Ampere and later, in bf16, with heads of at most 128 in eighths; on TPUs jax's splash attention.
+    """
+    if device.platform == "tpu":
+        return partial(attend_splash, mesh=mesh)
     capability = str(getattr(device, "compute_capability", ""))  # "9.0"; AMD says "gfx942"
     version = [int(n) for n in capability.split(".")] if re.fullmatch(r"\d+\.\d+", capability) else [0]
-    return version >= [8, 0] and dtype == jnp.bfloat16 and head_dim <= 128 and head_dim % 8 == 0
+    return attend_cudnn if version >= [8, 0] and dtype == jnp.bfloat16 and head_dim <= 128 and head_dim % 8 == 0 else None
 
 
-def attend_fused(q, k, v, bias, implementation: str = "cudnn"):
-    """`attend` where no token sees a later one of its row (S = T), by cuDNN's fused kernel: no array of [H, T, T] is made.
+def attend_cudnn(q, k, v, bias, implementation: str = "cudnn"):
+    """By cuDNN, whose gradient of the bias is computed and dropped: jax 0.10 calls no kernel without. With a bias it wants even lengths.
+    implementation: "xla" is jax's own reference for it, which runs anywhere."""
+    length, rows = q.shape[1], lambda x: jnp.swapaxes(x, 1, 2)  # noqa: E731
+    if bias is not None:
+        q, k, v, bias = lengthened(q, k, v, bias, length % 2)
+        bias = jnp.maximum(bias, HIDDEN).astype(q.dtype)[:, None]
+    return jax.nn.dot_product_attention(q, rows(k), rows(v), bias, is_causal=True, implementation=implementation)[:, :length]
 
-    bias: [B or 1, T, T] f32, 0 or as low as one likes, T even; None where order alone decides. Its gradient is computed and dropped: jax 0.10
-    calls no kernel without. implementation: "xla" is jax's own reference for it, which runs anywhere.
-    """
-    rows = lambda x: jnp.swapaxes(x, 1, 2)  # noqa: E731
-    bias = None if bias is None else jnp.maximum(bias, HIDDEN).astype(q.dtype)[:, None]
-    return jax.nn.dot_product_attention(q, rows(k), rows(v), bias, is_causal=True, implementation=implementation)
+
+def attend_splash(q, k, v, bias, mesh=None, interpret: bool = False):
+    """By jax's splash attention, on every device its own rows and heads. interpret: on any device, slowly."""
+    length = q.shape[1]
+    q, k, v, bias = lengthened(q * q.shape[-1] ** -0.5, k, v, bias, -length % SPLASH_ROWS)
+    size = q.shape[1]
+    block = max(n for n in range(SPLASH_ROWS, 641, SPLASH_ROWS) if size % n == 0)
+    blocks = splash.BlockSizes(block_q=block, block_kv=block, block_kv_compute=block, block_q_dkv=block, block_kv_dkv=block,
+                               block_kv_dkv_compute=block, use_fused_bwd_kernel=True)  # fmt: skip
+
+    def kernel(mask):
+        made = splash.make_splash_mha(mask, head_shards=1, q_seq_shards=1, block_sizes=blocks, residual_checkpoint_name=KEPT, interpret=interpret)
+        made.fwd_mask_info = made.fwd_mask_info._replace(is_dynamic_mask=None)  # which is read for a name alone, and cannot be while tracing
+        return made
+
+    def local(q, k, v, *seen):
+        if not seen:
+            return jax.vmap(kernel(splash_mask.MultiHeadMask(q.shape[1] * [splash_mask.CausalMask((size, size))])))(q, k, v)
+        return jax.vmap(lambda q, k, v, seen: kernel(seen[None])(q, k, v))(q, k, v, *seen)  # one mask for all heads
+
+    arrays = (jnp.swapaxes(q, 1, 2), k, v) if bias is None else (jnp.swapaxes(q, 1, 2), k, v, jnp.broadcast_to(bias, (len(q), size, size)) > HIDDEN)
+    if mesh is not None and mesh.size > 1:
+        over = "batch" if len(q) % batch_ways(mesh) == 0 else None  # a chat's one row is every device's
+        split, rows = spec((over, "heads")), spec((over,))
+        local = jax.shard_map(local, mesh=mesh, in_specs=(split, split, split, rows)[: len(arrays)], out_specs=split, check_vma=False)
+    return jnp.swapaxes(local(*arrays), 1, 2)[:, :length]
+
+
+def lengthened(q, k, v, bias, more: int):
+    """Queries, keys and bias of rows that are longer at their end, where a token sees itself alone."""
+    if not more:
+        return q, k, v, bias
+    if bias is not None:
+        added = jnp.diag(jnp.arange(q.shape[1] + more) >= q.shape[1])
+        bias = jnp.where(added, 0.0, jnp.pad(bias, ((0, 0), (0, more), (0, more)), constant_values=HIDDEN))
+    wider = lambda x, axis: jnp.pad(x, [(0, more if i == axis else 0) for i in range(4)])  # noqa: E731
+    return wider(q, 1), wider(k, 2), wider(v, 2), bias
 
 
 def grouped(x, groups: int):

@@ -5,6 +5,7 @@ Blocks are stacked along a leading `layers` axis and scanned in training, unroll
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache, partial
 from typing import NamedTuple
@@ -15,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec as P
 
-from hhjax.model.attention import attend, attend_fused, attend_in_parts, has_flash
+from hhjax.model.attention import KEPT, attend, attend_in_parts, fused_attention
 from hhjax.sharding import RULES, gathered_spec, is_axes
 from hhjax.types import Array, Model
 
@@ -68,7 +69,7 @@ class RunConfig:
     dtype: "float32", "bfloat16", or "auto" (bfloat16 on GPU and TPU); parameters are f32 always.
     barrier: "auto" (CPU only), "on" or "off": what XLA's CPU compiler needs to be told, see `product`, `rotate_and_back`, `once`,
     `attend_in_parts` and `unrolled`; "off" where a CPU shall differentiate forward (jax.jvp).
-    attention: "auto" (cuDNN's fused kernel where `has_flash`) or "plain".
+    attention: "auto" (by the kernel of `fused_attention` where there is one) or "plain".
     """
 
     remat: str = field(default="auto", metadata={"identity": False})
@@ -102,7 +103,8 @@ ACTIVATIONS = {"gelu": partial(nn.gelu, approximate=False), "gelu_tanh": nn.gelu
 REMAT = {
     "none": None,
     "dots": lambda primitive, *given, **settings: (
-        primitive.name.startswith("dot_product_attention_fwd") or jax.checkpoint_policies.dots_with_no_batch_dims_saveable(primitive, *given, **settings)),
+        primitive.name.startswith("dot_product_attention_fwd") or settings.get("name") == KEPT  # what fused attention leaves
+        or jax.checkpoint_policies.dots_with_no_batch_dims_saveable(primitive, *given, **settings)),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 
@@ -120,7 +122,7 @@ def make_model(cfg: ModelConfig, mesh=None, run: RunConfig = RunConfig()) -> Mod
     platform = device.platform
     dtype = jnp.dtype(run.dtype if run.dtype != "auto" else "float32" if platform == "cpu" else "bfloat16")
     barrier = run.barrier == "on" or (run.barrier == "auto" and platform == "cpu")
-    fused = run.attention == "auto" and has_flash(device, dtype, cfg.head_dim)
+    fused = fused_attention(device, dtype, cfg.head_dim, mesh) if run.attention == "auto" else None
     unroll = min(cfg.layers, run.unroll or (8 if platform == "cpu" else 1))
     policy = REMAT[run.remat if run.remat != "auto" else "none" if platform == "cpu" else "dots"]
     block = Block(cfg, dtype, barrier, fused)
@@ -139,7 +141,7 @@ def make_model(cfg: ModelConfig, mesh=None, run: RunConfig = RunConfig()) -> Mod
         return jax.tree.map(lambda n, w: constrain(w, gathered_spec(n)), names, cast, is_leaf=is_axes)
 
     def init(key):
-        return init_decoder(cfg, block, key)
+        return init_decoder(cfg, Block(cfg, dtype, barrier), key)
 
     @jax.jit  # traced once for all layers and programs that give it equal shapes; XLA inlines the calls
     def layer(x, weights, where, kv=None, slot=None):
@@ -166,7 +168,7 @@ def make_model(cfg: ModelConfig, mesh=None, run: RunConfig = RunConfig()) -> Mod
         if mask is None or mask.ndim == 2:
             causal = positions[:, None, :] <= positions[:, :, None]
             visible = causal if mask is None else causal & mask[:, None, :]
-        ordered = fused and own and mask is None
+        ordered = fused is not None and own and mask is None
         known = lambda: (*rotation(cfg, positions), None if ordered else jnp.where(visible, 0.0, -1e30))  # noqa: E731
         alone = mesh is None or mesh.size == 1  # a branch's values would be whole on every device
         where = Where(positions, *(once(known, params["final_norm_scale"][0]) if barrier and alone else known()))
@@ -231,7 +233,7 @@ class Block(nn.Module):
     cfg: ModelConfig
     dtype: jnp.dtype
     barrier: bool
-    fused: bool = False
+    fused: Callable | None = None
 
     @nn.compact
     def __call__(self, x, where, kv=None, slot=None):
@@ -288,13 +290,10 @@ class Block(nn.Module):
         k, v = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)  # [B, K, T, d], the cache's layout
         if kv is not None:
             kv = write(kv[0], k, slot), write(kv[1], v, slot)
-        bias, length = where.bias, x.shape[1]
-        if slot is not None:  # the keys to be seen are not those of x alone
-            y = attend(q, *kv, bias)
-        elif self.fused and (bias is None or length % 2 == 0):
-            y = attend_fused(q, k, v, bias)
+        if slot is None:  # the keys to be seen are those of x
+            y = (self.fused or (attend_in_parts if self.barrier else attend))(q, k, v, where.bias)
         else:
-            y = (attend_in_parts if self.barrier else attend)(q, k, v, bias)
+            y = attend(q, *kv, where.bias)
         out = self.weight("o", (cfg.heads, cfg.head_dim, cfg.width), ("heads", "head_dim", "embed"),
                           cfg.heads * cfg.head_dim, (2 * cfg.layers) ** -0.5)  # fmt: skip
         y = self.dense(y, out, over=2)

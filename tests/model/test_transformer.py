@@ -1,6 +1,7 @@
 """The decoder: parameter counts, causality, padding, the cache, remat, the product with its own backward, precision."""
 
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import jax
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 
 from hhjax.model import transformer
-from hhjax.model.attention import attend, attend_fused, attend_in_parts, has_flash, parts
+from hhjax.model.attention import attend, attend_cudnn, attend_in_parts, attend_splash, fused_attention, parts
 from hhjax.model.sizes import SIZES, matmul_params, model_config
 from hhjax.model.transformer import (
     ModelConfig,
@@ -22,7 +23,7 @@ from hhjax.model.transformer import (
     unstacked,
     unstacked_axes,
 )
-from hhjax.sharding import is_axes
+from hhjax.sharding import MeshConfig, is_axes, make_mesh
 
 TINY = model_config("0.1M", 100)
 GROUPED = ModelConfig(
@@ -178,47 +179,71 @@ def test_attention_in_parts_knows_one_mask_for_all_rows_and_bfloat16(dtype, off,
         assert np.max(np.abs(mine - theirs)) < off * np.max(np.abs(theirs))
 
 
+KERNELS = {"cudnn": partial(attend_cudnn, implementation="xla"), "splash": partial(attend_splash, interpret=True)}  # as any device can run them
+
+
+def packed_rows(length: int):
+    """[2, length, length] bool: two dialogues a row, of which the second row's second one is a prompt and two replies that do not see each other."""
+    at = jnp.arange(length)
+    segment = jnp.stack([at >= length // 2, at >= length // 3])
+    own = (segment[:, :, None] == segment[:, None]) & (at[None] <= at[:, None])
+    first, second = (at >= length // 2) & (at < 3 * length // 4), at >= 3 * length // 4
+    return own.at[1].set(own[1] & ~(second[:, None] & first))
+
+
 @pytest.mark.parametrize("masked", [False, True])
-def test_fused_attention_is_attention_and_so_is_its_gradient(masked):
-    """By jax's own reference of what cuDNN's kernel computes: of grouped heads, by order alone and where a row holds two dialogues."""
-    q, k, v, g = (jax.random.normal(jax.random.key(i), (2, *s)) for i, s in enumerate([(34, 6, 8), (2, 34, 8), (2, 34, 8), (34, 6, 8)]))
-    at = jnp.arange(34)
-    segment = jnp.stack([at >= 17, at >= 11]) if masked else jnp.zeros((2, 34), int)
-    bias = jnp.where((segment[:, :, None] == segment[:, None]) & (at[None] <= at[:, None]), 0.0, -1e30)
-    fused = lambda *x: attend_fused(*x, bias if masked else None, implementation="xla")  # noqa: E731
+@pytest.mark.parametrize("length", [34, 35, 256, 300])
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_a_fused_attention_is_attention_and_so_is_its_gradient(kernel, length, masked):
+    """Of grouped heads, by order alone and with a mask of its own for each row, and of lengths that kernels do not take as they are."""
+    q, k, v, g = (jax.random.normal(jax.random.key(i), (2, *s)) for i, s in enumerate([(length, 6, 16), (2, length, 16), (2, length, 16), (length, 6, 16)]))
+    bias = jnp.where(packed_rows(length) if masked else jnp.tri(length, dtype=bool)[None], 0.0, -1e30)
+    fused = jax.jit(lambda *x: KERNELS[kernel](*x, bias if masked else None))
     (y, back), (expected, plain) = jax.vjp(fused, q, k, v), jax.vjp(lambda *x: attend(*x, bias), q, k, v)
     np.testing.assert_allclose(y, expected, atol=1e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), back(g), plain(g))
 
 
-@pytest.mark.parametrize(("capability", "dtype", "head_dim", "fused"), [
-    ("9.0", "bfloat16", 128, True), ("8.0", "bfloat16", 64, True), ("10.0", "bfloat16", 128, True), ("7.5", "bfloat16", 64, False),
-    ("9.0", "float32", 128, False), ("9.0", "bfloat16", 256, False), ("9.0", "bfloat16", 36, False), ("gfx942", "bfloat16", 64, False),
-    (None, "bfloat16", 64, False),
+@pytest.mark.parametrize("mesh", [MeshConfig(2, 2, 2), MeshConfig(8)])
+def test_splash_attention_on_a_mesh_is_that_of_one_device(mesh):
+    """Rows and heads are split; a lone row is every device's."""
+    q, k, v = (jax.random.normal(jax.random.key(i), s) for i, s in enumerate([(8, 128, 4, 16), (8, 2, 128, 16), (8, 2, 128, 16)]))
+    bias = jnp.where(jnp.tile(packed_rows(128), (4, 1, 1)), 0.0, -1e30)
+    for rows, seen in ((8, bias), (8, None), (1, bias[1:2])):
+        x = q[:rows], k[:rows], v[:rows], seen
+        split = jax.jit(lambda *x: attend_splash(*x, mesh=make_mesh(mesh), interpret=True))(*x)
+        np.testing.assert_allclose(split, attend(*x[:3], jnp.where(jnp.tri(128, dtype=bool), 0.0, -1e30)[None] if seen is None else seen), atol=1e-5)
+
+
+@pytest.mark.parametrize(("platform", "capability", "dtype", "head_dim", "kernel"), [
+    ("gpu", "9.0", "bfloat16", 128, "attend_cudnn"), ("gpu", "8.0", "bfloat16", 64, "attend_cudnn"), ("gpu", "10.0", "bfloat16", 128, "attend_cudnn"),
+    ("gpu", "7.5", "bfloat16", 64, None), ("gpu", "9.0", "float32", 128, None), ("gpu", "9.0", "bfloat16", 256, None),
+    ("gpu", "9.0", "bfloat16", 36, None), ("gpu", "gfx942", "bfloat16", 64, None), ("cpu", None, "bfloat16", 64, None),
+    ("tpu", None, "bfloat16", 128, "attend_splash"),
 ])  # fmt: skip
-def test_attention_is_fused_where_a_kernel_is(capability, dtype, head_dim, fused):
-    device = SimpleNamespace(**({} if capability is None else {"compute_capability": capability}))
-    assert has_flash(device, jnp.dtype(dtype), head_dim) == fused
+def test_attention_is_fused_where_there_is_a_kernel(platform, capability, dtype, head_dim, kernel):
+    device = SimpleNamespace(platform=platform, **({} if capability is None else {"compute_capability": capability}))
+    found = fused_attention(device, jnp.dtype(dtype), head_dim)
+    assert (found and getattr(found, "func", found).__name__) == kernel
 
 
 @CONFIGS
 def test_a_model_with_fused_attention_is_the_model(cfg, monkeypatch):
-    """Rows in order, rows of two dialogues, rows padded on the left, and rows of an odd length, for which there is no kernel with a mask."""
-    cfg, tokens, calls = replace(cfg, norm_eps=2e-5), tokens_for(cfg), []  # a config of its own: models of equal arguments are one
+    """Rows in order, rows of two dialogues, and rows padded on the left; and the gradient, also where what attention leaves is kept."""
+    cfg, tokens, masks = replace(cfg, norm_eps=2e-5), tokens_for(cfg), []  # a config of its own: models of equal arguments are one
     plain = make_model(cfg, run=RunConfig(barrier="off", attention="plain"))
     params = plain.init(jax.random.key(1))
-    monkeypatch.setattr(transformer, "has_flash", lambda *_: True)
-    monkeypatch.setattr(transformer, "attend_fused", lambda q, k, v, bias: calls.append(bias is not None) or attend_fused(q, k, v, bias, "xla"))
-    fused = make_model(cfg, run=RunConfig(barrier="off"))
+    kernel = lambda q, k, v, bias: masks.append(bias is not None) or KERNELS["cudnn"](q, k, v, bias)  # noqa: E731
+    monkeypatch.setattr(transformer, "fused_attention", lambda *_: kernel)
+    fused = make_model(cfg, run=RunConfig(barrier="off", remat="dots"))
     segment = jnp.broadcast_to(jnp.arange(12) >= 5, (3, 12))
     own = (segment[:, :, None] == segment[:, None]) & jnp.tri(12, dtype=bool)
     left = jnp.broadcast_to(jnp.maximum(jnp.arange(12) - 4, 0), (3, 12)), jnp.broadcast_to(jnp.arange(12) >= 4, (3, 12))
-    for args, masks in (((tokens,), [False]), ((tokens, jnp.arange(12) - 5 * segment, own), [True]), ((tokens, *left), []),  # of known shapes
-                        ((tokens[:, :11],), [False]), ((tokens[:, :11], None, own[:, :11, :11]), [])):  # fmt: skip
-        calls.clear()
+    for args, traced in (((tokens,), [False]), ((tokens, jnp.arange(12) - 5 * segment, own), [True]), ((tokens, *left), [])):  # the last's shapes are known
+        masks.clear()
         real = 4 if len(args) == 3 and args[2].ndim == 2 else 0  # what pads see is nobody's concern
         np.testing.assert_allclose(fused.apply(params, *args)[0][:, real:], plain.apply(params, *args)[0][:, real:], atol=2e-5)
-        assert calls == masks
+        assert masks == traced
     loss = lambda model: jax.grad(lambda p: jnp.mean(jnp.square(model.apply(p, tokens, None, own)[0])))(params)  # noqa: E731
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-3), loss(fused), loss(plain))
 
