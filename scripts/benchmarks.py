@@ -2,6 +2,7 @@
 
     python scripts/benchmarks.py                 # all of them, 20 minutes on two slow cores
     python scripts/benchmarks.py --only pm ppo   # those whose name begins so; the others' tables stay
+    python scripts/benchmarks.py --accelerator   # what one GPU of 80 GB or TPU is asked, to results/accelerator.md
     python scripts/benchmarks.py --out FILE
 """
 
@@ -44,34 +45,58 @@ BENCHES = {
     "scale, 8 simulated devices, 16 pairs of 128 tokens": (f"scale {SMALL} --devices 8 --repeats 6", "mesh of_one_device median_s collectives"),
     "compile, by depth": ("compile", "program layers trace_s cold_s warm_s"),
 }  # fmt: skip
+# A pair of 512 + 256 + 256 tokens is a row of 1,024: 32 of them are 32,768 tokens an update.
+LONG = "--vocab 50257 --prompt 512 --response 256 --batch 32 --repeats 8"
+SHARE = "pairs_per_s median_s share_of_ceiling ceiling_gflops memory_gib compile_s"
+DECODE = "tokens_per_s decode_step_ms share_of_roofline prefill_s memory_gib compile_s"
+PHASES = "samples_per_s generate_s score_s train_s times_floor train_share_of_ceiling memory_gib first_step_s"
+REPLIES = "--vocab 50257 --prompt 128 --response 128"
+ACCELERATOR = {
+    "ceiling": ("ceiling", "matmul_f32_gflops_median matmul_bf16_gflops_median copy_gbytes_median"),
+    "pm 13M, 32 pairs of 1,024 tokens": (f"pm --size 13M {LONG}", SHARE),
+    "pm 197M, 32 pairs of 1,024 tokens": (f"pm --size 197M {LONG}", SHARE),
+    "pm 810M, 32 pairs of 1,024 tokens": (f"pm --size 810M {LONG}", SHARE),
+    "pm 810M, layers unrolled": (f"pm --size 810M {LONG} --unroll 16", SHARE),
+    "pm 810M, everything recomputed": (f"pm --size 810M {LONG} --remat full", SHARE),
+    "pm 810M, everything recomputed, plain attention": (f"pm --size 810M {LONG} --remat full --attention plain", SHARE),
+    "pm 2.7B, 16 pairs of 1,024 tokens, everything recomputed": (f"pm --size 2.7B {LONG} --batch 16 --remat full", SHARE),
+    "lm 197M, 32 rows of 1,024 tokens": (f"lm --size 197M {LONG.replace('256', '512')}", SHARE.replace("pairs", "tokens")),
+    **{f"generate {size}, {rows} prompts of 128, 128 new tokens": (f"generate --size {size} {REPLIES} --batch {rows} --repeats 4 --warmup 1", DECODE)
+       for size, rows in (("197M", 256), ("810M", 64), ("810M", 512), ("2.7B", 64), ("2.7B", 256))},
+    **{f"ppo {size}, {rows} prompts, 128 + 128 tokens": (f"ppo --size {size} {REPLIES} --batch {rows} --repeats 4 --warmup 2", PHASES)
+       for size, rows in (("13M", 512), ("197M", 256), ("810M", 64))},
+}  # fmt: skip
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="*", default=[""], metavar="NAME", help="beginnings of names")
-    parser.add_argument("--out", type=Path, default=ROOT / "results" / "benchmarks.md")
+    parser.add_argument("--accelerator", action="store_true")
+    parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    chosen = [title for title in BENCHES if title.startswith(tuple(args.only))]
-    kept = sections(args.out.read_text()) if args.out.is_file() else {}
+    benches, out = (ACCELERATOR, "accelerator.md") if args.accelerator else (BENCHES, "benchmarks.md")
+    args.out = args.out or ROOT / "results" / out
+    chosen = [title for title in benches if title.startswith(tuple(args.only))]
+    kept = sections(args.out.read_text(), benches) if args.out.is_file() else {}
     for title in chosen:
-        command, columns = BENCHES[title]
+        command, columns = benches[title]
         print(f"-- {title}: hhjax bench {command}", flush=True)
         kept[title] = section(command, columns.split(), measure(command))
-        text = [HEAD, *(f"## {name}\n\n{kept[name]}" for name in BENCHES if name in kept), *([NOTES + kept[NOTES]] if NOTES in kept else [])]
+        text = [HEAD, *(f"## {name}\n\n{kept[name]}" for name in benches if name in kept), *([NOTES + kept[NOTES]] if NOTES in kept else [])]
         args.out.write_text("\n\n".join(part.strip() for part in text) + "\n")
 
 
 HEAD = """# Benchmarks
 
-Made by `python scripts/benchmarks.py`; each table says when and where. `share_of_ceiling` is of this machine's own matrix products, read in the
+Made by `python scripts/benchmarks.py`, or `--accelerator`; each table says when and where. `share_of_ceiling` is of this machine's own matrix products, read in the
 same run; `of_one_device` the rate over one device's, in turn."""
 NOTES = "## Notes\n\n"  # what follows is written by hand and kept
 
 
-def sections(text: str) -> dict[str, str]:
+def sections(text: str, benches: dict) -> dict[str, str]:
     """Title -> text of each section of the file; that of the notes is NOTES."""
     text, _, notes = text.partition(NOTES)
-    found = {title: body for title, body in re.findall(r"^## (.+?)\n\n(.*?)(?=^## |\Z)", text, re.M | re.S) if title in BENCHES}
+    found = {title: body for title, body in re.findall(r"^## (.+?)\n\n(.*?)(?=^## |\Z)", text, re.M | re.S) if title in benches}
     return found | ({NOTES: notes} if notes else {})
 
 
