@@ -247,7 +247,7 @@ def sampling(cfg: GenerateBench) -> dict:
     whole, new, steps, compile_s = measure(cfg.response)
     prefill, *_ = measure(1)
     step = (sum(whole) - cfg.repeats * median(prefill)) / sum(steps)
-    floor = decode_floor(cfg, slots, copy_ceiling(), cfg.ceiling())
+    floor = decode_floor(cfg, slots, 1, copy_ceiling(), cfg.ceiling())
     rate = new / np.array(whole)
     return {"median_s": round(median(whole), 6), "best_s": round(min(whole), 6), "prefill_s": round(median(prefill), 6),
             "tokens_per_s": round(median(rate), 1), "best_tokens_per_s": round(max(rate), 1), "mean_reply": round(sum(new) / len(new) / cfg.batch, 1),
@@ -255,13 +255,14 @@ def sampling(cfg: GenerateBench) -> dict:
             "decode_step_ms": round(1e3 * step, 3), "share_of_roofline": round(floor / step, 3), "compile_s": round(compile_s, 2)} | about(cfg)  # fmt: skip
 
 
-def decode_floor(cfg: Bench, slots: int, byte_rate: float, flop_rate: float) -> float:
-    """The least seconds of a decode step of so many rows: its bytes (weights, and the cache at half of the reply) or its FLOPs."""
+def decode_floor(cfg: Bench, slots: int, devices: int, byte_rate: float, flop_rate: float) -> float:
+    """The least seconds of a decode step of so many rows over devices that each read all weights: their bytes (weights, and of the cache at half of
+    the reply a share) or their FLOPs. Rates are a device's."""
     shape, size = cfg.shape(), jnp.dtype(compute_dtype(cfg.run())).itemsize
     cached = 2 * shape.layers * shape.kv_heads * shape.head_dim * slots * (cfg.prompt + cfg.response / 2)
-    moved = size * (matmul_params(shape) + shape.vocab * shape.width + cached)
+    moved = size * (matmul_params(shape) + shape.vocab * shape.width + cached / devices)
     flops = slots * (forward_flops(shape, 1, 1) + logits_flops(shape, 1)) + 2 * cached * shape.heads / shape.kv_heads
-    return max(moved / byte_rate, flops / flop_rate)
+    return max(moved / byte_rate, flops / devices / flop_rate)
 
 
 def counted(samples, steps) -> tuple:
@@ -359,13 +360,15 @@ def ppo(cfg: PPOBench) -> dict:
     whole = [r["iteration"] for r in timed]
     phases_s = {f"{name}_s": round(median(r[name] for r in timed), 4) for name in ("generate", "score", "train")}
     devices = 1 if jax.default_backend() == "cpu" else mesh.size  # simulated ones share one machine
-    work, rate = phase_flops(stage, dict.fromkeys(models, shape), scored, learnt), cfg.ceiling() * devices
+    work, rate = phase_flops(stage, dict.fromkeys(models, shape), scored, learnt), cfg.ceiling()
+    slots = cfg.slots or cfg.batch
+    steps = (cfg.response - 1) * cfg.batch / slots  # no reply stops
     prefill = forward_flops(shape, cfg.batch, cfg.prompt) + logits_flops(shape, cfg.batch)
-    floor = (work["score"] + work["update"] + prefill) / rate + (cfg.response - 1) * decode_floor(cfg, cfg.slots or cfg.batch, copy_ceiling() * devices, rate)
+    floor = (work["score"] + work["update"] + prefill) / rate / devices + steps * decode_floor(cfg, slots, devices, copy_ceiling(), rate)
     return {
         "median_s": round(median(whole), 6), "best_s": round(min(whole), 6), **phases_s,
         "samples_per_s": round(cfg.batch / median(whole), 2), "best_samples_per_s": round(cfg.batch / min(whole), 2),
-        "train_share_of_ceiling": round(work["update"] / phases_s["train_s"] / rate, 3), "times_floor": round(median(whole) / floor, 2), "first_step_s": round(first, 2),
+        "train_share_of_ceiling": round(work["update"] / phases_s["train_s"] / rate / devices, 3), "times_floor": round(median(whole) / floor, 2), "first_step_s": round(first, 2),
         "useful_share": round(float(replied.length.sum() / np.prod(scored)), 3),
     } | about(cfg)  # fmt: skip
 

@@ -82,10 +82,8 @@ class Topology:
 
     @property
     def hosts(self) -> tuple[int, int]:
-        """GPUs: (machines, GPUs of each). Raises ConfigError where they are not all full."""
+        """GPUs: (machines, GPUs of each)."""
         per = min(self.chips, self.chip.host)
-        if self.chips % per:
-            raise ConfigError(f"{self.name}: {self.chips} GPUs do not fill machines of {per}; choose a multiple of {per}, or fewer than {per}")
         return self.chips // per, per
 
     @property
@@ -131,6 +129,8 @@ def parse_topology(text: str) -> Topology:
     shape = tuple(int(n) for n in size.split("x")) if re.fullmatch(r"\d+(x\d+)*", size) and mark == ":" else ()
     if len(shape) != (chip.axes or 1) or 0 in shape:
         raise ConfigError(f"topology {text!r}: give {kind}:{'x'.join('4' * (chip.axes or 1))}, {chip.axes or 1} numbers of chips")
+    if not chip.axes and shape[0] > chip.host and shape[0] % chip.host:
+        raise ConfigError(f"topology {text!r}: {shape[0]} GPUs do not fill machines of {chip.host}; choose a multiple of {chip.host}, or fewer")
     # docs.cloud.google.com/kubernetes-engine/docs/concepts/plan-tpus: larger slices of a 3D torus are of whole cubes, smallest side first.
     cubes = chip.axes == 3 and all(n % 4 == 0 for n in shape) and list(shape) == sorted(shape)
     if chip.axes and shape not in SHAPES[chip.axes] and not cubes:

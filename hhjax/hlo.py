@@ -8,7 +8,7 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from functools import cached_property
+from functools import cache, cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -20,7 +20,8 @@ COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "coll
 FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "after-all", "partition-id",
         "replica-id", "optimization-barrier", "async-start", "async-update", "async-done", "iota", "domain"}  # fmt: skip
 
-IN_PLACE = {"dynamic-update-slice": 1, "scatter": 2}  # what changes a part of its first operand: which operand is the part
+SLICED = ("dynamic-slice", "gather", "slice")  # what reads a part of its first operand
+IN_PLACE = ("dynamic-update-slice", "scatter")  # what changes a part of its first operands
 
 
 class Shape(NamedTuple):
@@ -66,12 +67,13 @@ class Collective(NamedTuple):
 
 
 class Use(NamedTuple):
-    """A computation where it is run: how often in all, inside a loop or not, as part of a fusion or not."""
+    """A computation where it is run: how often in all, inside a loop or not, as part of a fusion or not, beside others or not."""
 
     computation: str
     times: int
     looped: bool
     fused: bool
+    beside: bool
 
 
 class Program:
@@ -95,20 +97,20 @@ class Program:
         """Every computation that is run, once for each place that runs it; reducers and comparators apart."""
         found = []
 
-        def visit(name: str, times: int, looped: bool, fused: bool):
-            found.append(Use(name, times, looped, fused))
+        def visit(name: str, times: int, looped: bool, fused: bool, beside: bool):
+            found.append(Use(name, times, looped, fused, beside))
             for op in self.computations[name].values():
                 if op.kind == "while":
                     body, condition = (re.search(rf"{part}=%?([\w.-]+)", op.attributes)[1] for part in ("body", "condition"))
-                    visit(body, times * self.trips(op, condition), True, fused)
+                    visit(body, times * self.trips(op, condition), True, fused, beside)
                 elif op.kind in ("fusion", "call", "async-start"):
                     for callee in re.findall(r"(?:calls|to_apply)=%?([\w.-]+)", op.attributes):
-                        visit(callee, times, looped, fused or op.kind == "fusion")
+                        visit(callee, times, looped, fused or op.kind == "fusion", beside or op.kind == "async-start")
                 elif op.kind == "conditional":  # the dearest branch is not known: every one counts
                     for callee in re.findall(r"%([\w.-]+)", op.attributes.partition("branch_computations")[2].partition("}")[0]):
-                        visit(callee, times, looped, fused)
+                        visit(callee, times, looped, fused, beside)
 
-        visit(self.entry, 1, False, False)
+        visit(self.entry, 1, False, False, False)
         return found
 
     def trips(self, op: Op, condition: str) -> int:
@@ -133,14 +135,15 @@ class Program:
     def serial_seconds(self, flop_rate: float, byte_rate: float) -> float:
         """Seconds of one device that runs fusions and lone instructions one after another, each as long as its products take or its bytes in
         HBM, whichever is more. What goes on beside them (exchanges, copies that have a start and an end) is left out."""
-        memo: dict[str, float] = {}
 
+        @cache
         def seconds(name: str) -> float:
             ops = self.computations[name]
-            ran = (op for op in ops.values() if op.kind not in FREE and not op.kind.endswith(("-start", "-done")) and op.kind not in COLLECTIVES)
+            ran = (op for op in ops.values() if op.kind not in (*FREE, *COLLECTIVES) and not op.kind.endswith(("-start", "-done"))
+                   and not (op.kind == "fusion" and "all-reduce-scatter" in called(op)))  # fmt: skip
             return sum(max(self._op_flops(op, ops) / flop_rate, self._op_traffic(op, ops) / byte_rate) for op in ran)
 
-        return sum(use.times * memo.setdefault(use.computation, seconds(use.computation)) for use in self.uses if not use.fused)
+        return sum(use.times * seconds(use.computation) for use in self.uses if not use.fused and not use.beside)
 
     def _op_flops(self, op: Op, ops: Mapping[str, Op]) -> int:
         if op.kind != "fusion":
@@ -151,8 +154,8 @@ class Program:
     def hbm_bytes(self) -> int:
         """Bytes that one device reads from and writes to HBM: operands and results of every fusion and lone instruction. What is
         sliced counts by its slice, what is updated in place by the update, what lies on the chip not at all."""
-        memo = {}
-        return sum(use.times * memo.setdefault(use.computation, self._traffic(use.computation)) for use in self.uses if not use.fused)
+        traffic = cache(self._traffic)
+        return sum(use.times * traffic(use.computation) for use in self.uses if not use.fused)
 
     def _traffic(self, name: str) -> int:
         ops = self.computations[name]
@@ -161,10 +164,11 @@ class Program:
     def _op_traffic(self, op: Op, ops: Mapping[str, Op]) -> int:
         if op.kind == "fusion":
             return self._fusion_traffic(op, ops)
-        if op.kind in ("dynamic-slice", "gather", "slice"):
-            return 2 * in_hbm(op.shapes)
+        if op.kind in SLICED:  # often into the chip's own memory
+            source = ops[op.operands[0]].shapes if op.operands[0] in ops else op.shapes
+            return in_hbm(op.shapes) + (sum(s.bytes for s in op.shapes) if in_hbm(source) else 0)
         if op.kind in IN_PLACE:
-            return 2 * in_hbm(ops[op.operands[IN_PLACE[op.kind]]].shapes)
+            return 2 * sum(in_hbm(ops[name].shapes) for name in changed_by(op))
         if op.kind.endswith("-start"):  # a pair of source and destination
             return in_hbm(op.shapes[:2])
         return in_hbm(op.shapes) + sum(in_hbm(ops[name].shapes) for name in op.operands if name in ops)
@@ -174,7 +178,7 @@ class Program:
         read = sum(min(self._read(called(op), i), in_hbm(ops[name].shapes)) for i, name in enumerate(op.operands) if name in ops)
         root = next(o for o in inside.values() if o.root)
         results = [inside[name] for name in root.operands] if root.kind == "tuple" else [root]
-        written = (inside[r.operands[IN_PLACE[r.kind]]].shapes if r.kind in IN_PLACE else (s,) for s, r in zip(op.shapes, results))
+        written = ([s for name in changed_by(r) for s in inside[name].shapes] if r.kind in IN_PLACE else (s,) for s, r in zip(op.shapes, results))
         return read + sum(sum(part.bytes for part in w) for s, w in zip(op.shapes, written) if s.space == 0)
 
     def _read(self, name: str, index: int) -> int:
@@ -185,13 +189,13 @@ class Program:
     def _read_by(self, users: Mapping[str, list[tuple[Op, int]]], op: Op) -> int:
         total = op.shapes[0].bytes if op.root else 0  # a view that is handed on whole
         for user, at in users.get(op.name, ()):
-            if user.kind in ("dynamic-slice", "slice", "gather") and at == 0:
+            if user.kind in SLICED and at == 0:
                 total += user.shapes[0].bytes
             elif user.kind == "fusion":
                 total += self._read(called(user), at)
             elif user.kind == "bitcast":
                 total += self._read_by(users, user)
-            elif user.kind not in IN_PLACE or at:
+            elif user.kind not in IN_PLACE or at >= first_change(user):
                 total += op.shapes[0].bytes
         return min(total, op.shapes[0].bytes)
 
@@ -273,6 +277,16 @@ def parse_shapes(text: str) -> tuple[Shape, ...]:
 def called(op: Op) -> str:
     """The computation of a fusion."""
     return re.search(r"calls=%?([\w.-]+)", op.attributes)[1]
+
+
+def first_change(op: Op) -> int:
+    """How many arrays an instruction of IN_PLACE changes, which are its first operands. One, but for a scatter of several."""
+    return (len(op.operands) - 1) // 2 if op.kind == "scatter" else 1
+
+
+def changed_by(op: Op) -> tuple[str, ...]:
+    """The operands that are the parts: one a changed array; a scatter's come last, behind its indices."""
+    return op.operands[-first_change(op) :] if op.kind == "scatter" else op.operands[1:2]
 
 
 def in_hbm(shapes) -> int:

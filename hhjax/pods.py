@@ -23,6 +23,7 @@ from hhjax.flags import Command
 from hhjax.hlo import Collective, Program
 from hhjax.loops.phases import phase_flops, roles
 from hhjax.lowering import Step, check_step, holdings, lower
+from hhjax.model.transformer import remat_on
 from hhjax.placing import reference_dir
 from hhjax.plan import architectures, update_work
 from hhjax.sharding import AXES, MeshConfig, mesh_sizes
@@ -103,7 +104,9 @@ def run(command: Command, flags: PlanFlags) -> int:
     topology = parse_topology(flags.topology)
     jax.config.update("jax_platforms", "cpu")  # where another compiler is installed jax would look for its device, and complain
     compiler = compiler_of(topology)
-    if not compiler.package and not topology.chip.axes:
+    if not compiler.package and (topology.chip.axes or flags.search):
+        raise ConfigError(f"{'--search' if flags.search else topology.name} needs {compiler.packages[0]}: pip install -e '.[{compiler.extra}]'")
+    if not compiler.package:
         print(f"temporaries, the compiler's FLOPs, bytes and exchanges need jax's CUDA plugin: pip install -e '.[{compiler.extra}]'; by formula:")
     print(heading(topology))
     steps = [step for r in command.runs for step in steps_of(r, command.launch.stage)]
@@ -111,7 +114,7 @@ def run(command: Command, flags: PlanFlags) -> int:
         raise ConfigError("nothing to plan: no LM, PM or PPO stage in the chosen runs")
     estimates = []
     for i, step in enumerate(steps):
-        if flags.search and compiler.package:
+        if flags.search:
             found = search(step, topology, flags.tries, flags.patience_s)
             print("\n".join(ranking(found, topology)), flush=True)
             steps[i] = found[0][0]
@@ -250,10 +253,15 @@ def candidates(step: Step, topology: Topology) -> Iterator[Step]:
         if not divides or stage.batch_size * times % parts or mesh.tensor > 16:
             continue
         tried = replace(stage, mesh=mesh, batch_size=stage.batch_size * times, run=replace(stage.run, remat=remat))
+        same = times == 1 and remat == planned_remat(stage) and mesh_sizes(stage.mesh, topology.devices) == (mesh.data, mesh.fsdp, mesh.tensor)
         abstract = AbstractMesh((mesh.data, mesh.fsdp, mesh.tensor), AXES)
         candidate, capacity = step._replace(stage=tried), topology.chip.memory / topology.chip.devices
-        if tried != stage and sum(holdings(candidate, abstract, abstract, "bfloat16")[0].values()) < capacity:
+        if not same and sum(holdings(candidate, abstract, abstract, "bfloat16")[0].values()) < capacity:
             yield candidate
+
+
+def planned_remat(stage: Training | PPO) -> str:
+    return remat_on(stage.run, "tpu")  # as on a GPU
 
 
 # Text -----------------------------------------------------------------------------------------------------------------
@@ -317,7 +325,7 @@ def summary(steps: Sequence[Step], estimates: Sequence[Estimate], topology: Topo
         days = seconds * stage.steps / 86400 if stage.steps and known else None
         widest = max(found, key=lambda e: e.used)
         rows.append({
-            "run": name, "stage": stage_name, "mesh": "x".join(str(n) for n in found[-1].mesh.values()), "remat": stage.run.remat,
+            "run": name, "stage": stage_name, "mesh": "x".join(str(n) for n in found[-1].mesh.values()), "remat": planned_remat(stage),
             "batch": stage.batch_size, "gib": widest.used / GIB, "capacity_gib": widest.capacity / GIB, "fits": all(e.fits for e in found),
             "bound": max(found, key=lambda e: e.predicted).bound if compiled else "", "seconds": seconds if known else None,
             "tokens_per_s": found[-1].positions / seconds if compiled else None,
@@ -352,7 +360,7 @@ def ranking(found: Sequence[tuple[Step, Estimate]], topology: Topology, best: bo
         mesh = "x".join(str(n) for n in e.mesh.values())
         rows, memory = step.stage.batch_size, e.failure or f"{e.used / GIB:.1f} GiB"
         said = f"{e.predicted:.3g} s, {1e3 * e.predicted / rows:.3g} ms a row, MFU {mfu(e, topology):.2f}, {e.bound}" if e.seconds else ""
-        yield f"  mesh {mesh:<10} remat {step.stage.run.remat:<5} batch {rows:<5} {'fits' if e.fits else 'NO  '} {memory:<10} {said}".rstrip()
+        yield f"  mesh {mesh:<10} remat {planned_remat(step.stage):<5} batch {rows:<5} {'fits' if e.fits else 'NO  '} {memory:<10} {said}".rstrip()
 
 
 def as_json(e: Estimate) -> dict:

@@ -81,12 +81,12 @@ class Model(NamedTuple):
 
     init(key) -> params
     apply(params, tokens [B, T], positions [B, T] | None, mask [B, S] | [B, T, S] | None, cache | None, slot | None)
-        -> (hidden [B, T, D], cache | None)
+        -> (hidden [B, T, D], cache | None); without a slot the cache is taken as empty
     logits(params, hidden [..., D]) -> [..., V] f32
     score(params, hidden [..., D]) -> [...] f32, the scalar head
     axes() -> a pytree like params of logical axis names, for `sharding.py`
     init_cache(batch, length) -> an empty key/value cache
-    unrolled(params) -> params as `apply` reads them fastest again and again with a cache
+    unrolled(params, stacked or a tree per layer) -> params as `apply` reads them fastest again and again with a cache, and only with one
     """
 
     config: Any

@@ -78,12 +78,19 @@ def main() -> None:
     args.out = args.out or ROOT / "results" / out
     chosen = [title for title in benches if title.startswith(tuple(args.only))]
     kept = sections(args.out.read_text(), benches) if args.out.is_file() else {}
+    failed = []
     for title in chosen:
         command, columns = benches[title]
         print(f"-- {title}: hhjax bench {command}", flush=True)
-        kept[title] = section(command, columns.split(), measure(command))
+        try:
+            kept[title] = section(command, columns.split(), measure(command))
+        except subprocess.CalledProcessError as error:  # out of memory, mostly: the others may fit
+            failed.append(title)
+            kept[title] = f"    hhjax bench {command}\n\nfailed with exit {error.returncode}"
         text = [HEAD, *(f"## {name}\n\n{kept[name]}" for name in benches if name in kept), *([NOTES + kept[NOTES]] if NOTES in kept else [])]
-        args.out.write_text("\n\n".join(part.strip() for part in text) + "\n")
+        args.out.write_text("\n\n".join(part.strip("\n") for part in text) + "\n")
+    if failed:
+        sys.exit(f"failed: {'; '.join(failed)}")
 
 
 HEAD = """# Benchmarks

@@ -57,7 +57,7 @@ def test_gpus_are_joined_in_machines_of_eight():
     assert rack.bandwidth({1: 4}) == chip.network  # one GPU of each: its own adapter
     assert rack.bandwidth({1: 4, 2: 8}) == 8 * chip.network  # all of each: all adapters
     with pytest.raises(ConfigError, match="12 GPUs do not fill machines of 8"):
-        Topology("h100", (12,)).hosts
+        parse_topology("h100:12")
 
 
 def test_chips_are_plausible():

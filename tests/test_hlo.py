@@ -133,6 +133,28 @@ def test_a_kernel_of_pallas_says_things_in_lines_of_its_own_and_is_counted():
     assert Program(call).hbm_bytes() == 4 * 8 * 256 * 64 * 2 + 4 + 128 * 128 * 4
 
 
+def test_what_is_fetched_beside_the_rest_counts_its_bytes_and_no_time():
+    """A slice of a stack that goes into the chip's own memory, as TPUs do before they need it; a scatter into two arrays."""
+    text = """%fetch (stack: f32[4,64,128]) -> f32[1,64,128] {
+  %stack = f32[4,64,128]{2,1,0} parameter(0)
+  ROOT %slice.1 = f32[1,64,128]{2,1,0:S(1)} slice(%stack), slice={[0:1], [0:64], [0:128]}
+}
+
+ENTRY %main (stack: f32[4,64,128], a: f32[9,128], b: f32[9,128], at: s32[2], x: f32[2,128], y: f32[2,128]) -> f32[1,64,128] {
+  %stack = f32[4,64,128]{2,1,0} parameter(0)
+  %a = f32[9,128]{1,0} parameter(1)
+  %b = f32[9,128]{1,0} parameter(2)
+  %at = s32[2]{0} parameter(3)
+  %x = f32[2,128]{1,0} parameter(4)
+  %y = f32[2,128]{1,0} parameter(5)
+  %slice-start = ((f32[4,64,128]{2,1,0}), f32[1,64,128]{2,1,0:S(1)}, u32[]) async-start(%stack), calls=%fetch
+  %scatter.1 = (f32[9,128]{1,0}, f32[9,128]{1,0}) scatter(%a, %b, %at, %x, %y), to_apply=%replaced
+  ROOT %slice-done = f32[1,64,128]{2,1,0:S(1)} async-done(%slice-start)
+}"""
+    fetched, changed = 64 * 128 * 4, 2 * (2 * 2 * 128 * 4)
+    assert Program(text).hbm_bytes() == fetched + changed and Program(text).serial_seconds(1.0, 1.0) == changed
+
+
 def test_bytes_of_a_plain_program_are_its_operands_and_results():
     program = compiled(lambda x, y: jnp.sin(x) + y, (128, 256), (128, 256))
     assert program.hbm_bytes() == 3 * math.prod((128, 256)) * 4

@@ -28,7 +28,7 @@ from hhjax.sharding import MeshConfig  # noqa: E402
 MIB = 2**20
 SMALL = {
     **{f"{name}.mesh": MeshConfig(2, 2, 2) for name in ("lm", "pm", "ppo")},
-    **{f"{name}.run": RunConfig(dtype="float32") for name in ("lm", "pm", "ppo")},
+    **{f"{name}.run": RunConfig(dtype="float32", remat="none", attention="plain") for name in ("lm", "pm", "ppo")},
     **{f"{name}.batch_size": 16 for name in ("lm", "pm", "ppo")},
     **{f"{name}.seq_len": 256 for name in ("lm", "pm")},
     "ppo.prompt_len": 64, "ppo.sampling": Sampling(64), "tok.vocab": 4096,

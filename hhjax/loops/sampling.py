@@ -180,8 +180,9 @@ def draw_and_judge(stage, ctx: StageContext, key, found: Mapping[str, Loaded], p
     sample = make_sample(found[policy].model, tok.vocabulary, stage.sampling, mesh)
     judge = {name: make_judge(found[name].model, mesh) for name in judges}
     packer = ReplyPacker(stage.prompt_len, stage.sampling.max_new_tokens, tok.vocabulary, batch_ways(mesh), shared, Host(*batch_host(mesh)))
-    params = {name: frozen(found[name].params, compute_dtype(stage.run, mesh)) for name in (policy, *judges)}
-    params[policy] = jax.jit(unstacked)(params[policy])
+    dtype = compute_dtype(stage.run, mesh)
+    params = {name: frozen(found[name].params, dtype) for name in judges}
+    params[policy] = jax.jit(lambda p: unstacked(frozen(p, dtype)))(found[policy].params)
     scores, texts = {name: [] for name in judges}, []
     for places, real in row_batches(len(rows), stage.batch_size):
         ctx.stop_if_told()

@@ -104,7 +104,8 @@ def attend_cudnn(q, k, v, bias, implementation: str = "cudnn"):
 
 
 def attend_splash(q, k, v, bias, mesh=None, interpret: bool = False):
-    """By jax's splash attention, on every device its own rows and heads. interpret: on any device, slowly."""
+    """By jax's splash attention, on every device its own rows and heads. A token sees itself whatever the bias says: where a whole block sees
+    nothing the kernel divides by zero. interpret: on any device, slowly."""
     length = q.shape[1]
     q, k, v, bias = lengthened(q * q.shape[-1] ** -0.5, k, v, bias, -length % SPLASH_ROWS)
     size = q.shape[1]
@@ -122,7 +123,9 @@ def attend_splash(q, k, v, bias, mesh=None, interpret: bool = False):
             return jax.vmap(kernel(splash_mask.MultiHeadMask(q.shape[1] * [splash_mask.CausalMask((size, size))])))(q, k, v)
         return jax.vmap(lambda q, k, v, seen: kernel(seen[None])(q, k, v))(q, k, v, *seen)  # one mask for all heads
 
-    arrays = (jnp.swapaxes(q, 1, 2), k, v) if bias is None else (jnp.swapaxes(q, 1, 2), k, v, jnp.broadcast_to(bias, (len(q), size, size)) > HIDDEN)
+    arrays = jnp.swapaxes(q, 1, 2), k, v
+    if bias is not None:
+        arrays += (jnp.broadcast_to((bias > HIDDEN) | jnp.eye(size, dtype=bool), (len(q), size, size)),)
     if mesh is not None and mesh.size > 1:
         over = "batch" if len(q) % batch_ways(mesh) == 0 else None  # a chat's one row is every device's
         split, rows = spec((over, "heads")), spec((over,))

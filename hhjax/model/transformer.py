@@ -82,11 +82,10 @@ class RunConfig:
 class Where(NamedTuple):
     """What attention must know of positions, computed once for all layers (B may be 1: the same for every row).
 
-    positions: [B, T]. sin, cos: [B, T, 1, rotated / 2] f32. bias: [B, T, S] f32, 0 or -1e30; None where a token
+    sin, cos: [B, T, 1, rotated / 2] f32. bias: [B, T, S] f32, 0 or -1e30; None where a token
     sees all that stand before it and attention is fused.
     """
 
-    positions: Array
     sin: Array
     cos: Array
     bias: Array | None
@@ -109,6 +108,11 @@ REMAT = {
 }
 
 
+def remat_on(run: RunConfig, platform: str) -> str:
+    """What "auto" is there."""
+    return run.remat if run.remat != "auto" else "none" if platform == "cpu" else "dots"
+
+
 @lru_cache(maxsize=32)
 def make_model(cfg: ModelConfig, mesh=None, run: RunConfig = RunConfig()) -> Model:
     """The record of pure functions of types.Model, one and the same where it is called alike: a layer that jax has traced for the
@@ -124,7 +128,7 @@ def make_model(cfg: ModelConfig, mesh=None, run: RunConfig = RunConfig()) -> Mod
     barrier = run.barrier == "on" or (run.barrier == "auto" and platform == "cpu")
     fused = fused_attention(device, dtype, cfg.head_dim, mesh) if run.attention == "auto" else None
     unroll = min(cfg.layers, run.unroll or (8 if platform == "cpu" else 1))
-    policy = REMAT[run.remat if run.remat != "auto" else "none" if platform == "cpu" else "dots"]
+    policy = REMAT[remat_on(run, platform)]
     block = Block(cfg, dtype, barrier, fused)
     axes, declared = decoder_axes(cfg), block_params(cfg)
     layer_axes, shapes = ({name: get(box) for name, box in declared.items()} for get in (lambda b: b.names, lambda b: b.value.shape))
@@ -155,8 +159,11 @@ def make_model(cfg: ModelConfig, mesh=None, run: RunConfig = RunConfig()) -> Mod
         mask: [B, S] keys that exist, beyond causality; right padding needs none. Or [B, T, S] keys that each token may see,
         causality included: nothing that lies later in the row. S is T, or the cache's slots where `slot` is given.
         slot: int32, one for all rows, where in the cache the first of the tokens goes. Then `mask` says which slots each of them may see, its
-        own among them. None: the cache is empty, and they are all that is seen. Raises ValueError for a mask of another S, or of none.
+        own among them. None: the cache is empty, and they are all that is seen. Raises ValueError for a mask of another S, or of none; for a
+        slot of no cache, and for `unrolled` params without a cache.
         """
+        if cache is None and (slot is not None or isinstance(params["blocks"], tuple)):
+            raise ValueError("a slot or parameters that are unrolled, and no cache; give one of init_cache, or stacked parameters and no slot")
         own = slot is None  # the keys to be seen are those of `tokens`: a cache's other slots are empty
         # One row of positions and one mask where every row has the same: [1, T], [1, T, S] instead of [B, ...].
         positions = jnp.arange(tokens.shape[1])[None] if positions is None else positions
@@ -171,7 +178,7 @@ def make_model(cfg: ModelConfig, mesh=None, run: RunConfig = RunConfig()) -> Mod
         ordered = fused is not None and own and mask is None
         known = lambda: (*rotation(cfg, positions), None if ordered else jnp.where(visible, 0.0, -1e30))  # noqa: E731
         alone = mesh is None or mesh.size == 1  # a branch's values would be whole on every device
-        where = Where(positions, *(once(known, params["final_norm_scale"][0]) if barrier and alone else known()))
+        where = Where(*(once(known, params["final_norm_scale"][0]) if barrier and alone else known()))
         x = pin(gather(params["embed"], axes["embed"])[tokens].astype(dtype))
 
         if cache is None:
@@ -367,7 +374,7 @@ def block_params(cfg: ModelConfig) -> dict:
 def example_input(cfg: ModelConfig):
     """Arguments of a block for one token, enough to make its parameters."""
     positions = jnp.zeros((1, 1), jnp.int32)
-    return jnp.zeros((1, 1, cfg.width)), Where(positions, *rotation(cfg, positions), jnp.zeros((1, 1, 1)))
+    return jnp.zeros((1, 1, cfg.width)), Where(*rotation(cfg, positions), jnp.zeros((1, 1, 1)))
 
 
 def normalize(cfg: ModelConfig, x, scale, bias=None):
@@ -430,7 +437,7 @@ def unstack(blocks):
 
 
 def unstacked(params):
-    """Parameters with a tree per layer, which `Model.unrolled` takes as well as stacked ones, and then without another copy."""
+    """Parameters with a tree per layer, which `Model.unrolled` takes as well as stacked ones, and then, off a CPU, without another copy."""
     return params | {"blocks": unstack(params["blocks"])}
 
 

@@ -103,6 +103,9 @@ def test_cached_decoding_of_ragged_rows_equals_the_full_forward(cfg):
     for mask in (jnp.ones((3, 1, 1), bool), jnp.ones((3, 12), bool), None):  # the first would be taken for the token's own key
         with pytest.raises(ValueError, match="where 12 keys may be seen"):
             model.apply(params, token, at[:, None], mask, cache, slot=11)
+    for slot, given in ((11, model.init(jax.random.key(1))), (None, params)):
+        with pytest.raises(ValueError, match="and no cache"):
+            model.apply(given, token, at[:, None], jnp.ones((3, 1, 1), bool), slot=slot)
 
 
 @CONFIGS
@@ -212,7 +215,21 @@ def test_splash_attention_on_a_mesh_is_that_of_one_device(mesh):
     for rows, seen in ((8, bias), (8, None), (1, bias[1:2])):
         x = q[:rows], k[:rows], v[:rows], seen
         split = jax.jit(lambda *x: attend_splash(*x, mesh=make_mesh(mesh), interpret=True))(*x)
-        np.testing.assert_allclose(split, attend(*x[:3], jnp.where(jnp.tri(128, dtype=bool), 0.0, -1e30)[None] if seen is None else seen), atol=1e-5)
+        plain = lambda q, k, v, seen=seen: attend(q, k, v, jnp.where(jnp.tri(128, dtype=bool), 0.0, -1e30)[None] if seen is None else seen)  # noqa: E731
+        np.testing.assert_allclose(split, plain(*x[:3]), atol=1e-5)
+        loss = lambda f: jax.jit(jax.grad(lambda *x: jnp.sum(jnp.sin(f(*x))), (0, 1, 2)))(*x[:3])  # noqa: E731
+        there = loss(lambda q, k, v, seen=seen: attend_splash(q, k, v, seen, make_mesh(mesh), interpret=True))
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), there, loss(plain))
+
+
+def test_a_block_that_sees_nothing_does_not_spoil_splash_attention():
+    """Left padding of more than a block: pads see themselves, and every real token what it saw."""
+    q, k, v = (jax.random.normal(jax.random.key(i), s) for i, s in enumerate([(1, 896, 2, 16), (1, 2, 896, 16), (1, 2, 896, 16)]))
+    at = jnp.arange(896)
+    bias = jnp.where((at[None, :] >= 140) & (at[None, :] <= at[:, None]), 0.0, -1e30)[None]
+    out = attend_splash(q, k, v, bias, interpret=True)
+    assert jnp.isfinite(out).all()
+    np.testing.assert_allclose(out[:, 140:], attend(q, k, v, bias)[:, 140:], atol=1e-5)
 
 
 @pytest.mark.parametrize(("platform", "capability", "dtype", "head_dim", "kernel"), [
@@ -239,7 +256,7 @@ def test_a_model_with_fused_attention_is_the_model(cfg, monkeypatch):
     segment = jnp.broadcast_to(jnp.arange(12) >= 5, (3, 12))
     own = (segment[:, :, None] == segment[:, None]) & jnp.tri(12, dtype=bool)
     left = jnp.broadcast_to(jnp.maximum(jnp.arange(12) - 4, 0), (3, 12)), jnp.broadcast_to(jnp.arange(12) >= 4, (3, 12))
-    for args, traced in (((tokens,), [False]), ((tokens, jnp.arange(12) - 5 * segment, own), [True]), ((tokens, *left), [])):  # the last's shapes are known
+    for args, traced in (((tokens,), [False]), ((tokens, jnp.arange(12) - 5 * segment, own), [True]), ((tokens[:2], *(x[:2] for x in left)), [True])):
         masks.clear()
         real = 4 if len(args) == 3 and args[2].ndim == 2 else 0  # what pads see is nobody's concern
         np.testing.assert_allclose(fused.apply(params, *args)[0][:, real:], plain.apply(params, *args)[0][:, real:], atol=2e-5)
