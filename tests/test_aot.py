@@ -45,9 +45,9 @@ def devices(topology: str):
     return aot.topology_devices(parse_topology(topology))
 
 
-def resharded():
+def resharded(topology: str = "v5p:2x2x2"):
     """An array that goes from rows over eight devices to rows and columns over them: the partitioner finds no way."""
-    mesh = make_mesh(MeshConfig(1, 4, 2), devices("v5p:2x2x2"))
+    mesh = make_mesh(MeshConfig(1, 4, 2), devices(topology))
     put = lambda x, *axes: jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P(*axes)))  # noqa: E731
 
     def fn(x):
@@ -66,9 +66,10 @@ def refused():
     raise ValueError("batch 3 is not divisible by data*fsdp=4; use 4")
 
 
-@needs_libtpu
-def test_resharding_by_full_copies_is_seen():
-    found = aot.compile_ahead(TPU, resharded)
+@pytest.mark.parametrize(("compiler", "topology"), [pytest.param(TPU, "v5p:2x2x2", marks=needs_libtpu, id="tpu"),
+                                                    pytest.param(CUDA, "h100:8", marks=needs_cuda, id="cuda")])  # fmt: skip
+def test_resharding_by_full_copies_is_seen(compiler, topology):
+    found = aot.compile_ahead(compiler, resharded, topology)
     assert len(found.warnings) >= 1 and found.facts == {"said": 1} and not found.failure
     assert found.text.startswith("HloModule") and found.arguments == 512 * 128 * 4 // 4 and found.seconds > 0
 
