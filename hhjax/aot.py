@@ -47,7 +47,8 @@ COMPILERS = {
     "cuda": Compiler(("jax_cuda13_plugin", "jax_cuda12_plugin"), "cuda", {"CUDA_VISIBLE_DEVICES": "-1"} | WARN,
                      "*after_optimizations-memory-usage-report.txt"),
 }  # fmt: skip
-# What XLA asks of a GPU. Hopper's own numbers, as it reports them of an H100 SXM; memory and its bandwidth are those of the chip.
+# What XLA asks of a GPU: its own report of an H100 SXM (as in openxla/xla issue 25910), but for the chip's memory and bandwidth. Versions of cuDNN and
+# CUDA are what a program may count on at least.
 HOPPER = """gpu_device_info {{ threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152 shared_memory_per_core: 233472
 threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128 block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
 memory_bandwidth: {bandwidth:.0f} l2_cache_size: 52428800 clock_rate_ghz: 1.98 device_memory_size: {memory:.0f}

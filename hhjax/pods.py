@@ -29,9 +29,9 @@ from hhjax.plan import architectures, update_work
 from hhjax.sharding import AXES, MeshConfig, mesh_sizes
 from hhjax.stages import PPO, Training, split_step
 
-# What share of a peak an instruction keeps up. Assumed, not measured here: large matrix products alone reach 0.8 of an H200's peak (790 of
-# 989 TFLOP/s), HBM and links what streaming code reaches. Whole steps fall short of it by what they do one after another; the best
-# published ones are at 0.44 to 0.71 on TPUs (MaxText on v5e, v5p, v6e) and 0.50 on H100s.
+# What share of a peak an instruction keeps up. Assumed, not measured here: large matrix products alone are said to reach 0.8 of an H200's
+# peak (790 of 989 TFLOP/s), HBM and links what streaming code reaches. Whole steps fall short of it by what they do one after another; the
+# best published ones are at 0.44 to 0.71 on TPUs (MaxText on v5e, v5p, v6e) and 0.50 on H100s.
 ATTAINABLE = {"compute": 0.8, "HBM": 0.8, "interconnect": 0.8}
 PHASES = ("sample", "score", "update")
 

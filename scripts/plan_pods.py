@@ -57,7 +57,7 @@ def main() -> None:
             if path.is_file():
                 found[chip, size] = json.loads(path.read_text())
     versions = next(iter(found.values()))
-    compilers = " and ".join(dict.fromkeys(filter(None, (plan["compiler"] for plan in found.values()))))
+    compilers = ", ".join(dict.fromkeys(filter(None, (plan["compiler"] for plan in found.values()))))
     parts = [HEAD.format(compilers=compilers, jax=versions["jax"], attainable=shares(versions["attainable"]))]
     if options.stage:
         rows = [table_row(size, plan, row) for (_, size), plan in found.items() for row in plan["rows"]]

@@ -111,6 +111,15 @@ def test_a_gpu_is_planned_by_formula_without_its_compiler(capsys, tmp_path, monk
     assert row["chip_hours"] == pytest.approx(row["days"] * 24 * 64) and step["compiled"] is None
 
 
+@pytest.mark.parametrize(("flags", "message"), [(("--chip", "v5e", "--topology", "v5e:2x2"), r"v5e:2x2 needs libtpu: pip install -e '\.\[plan\]'"),
+                                                (("--topology", "h100:1", "--search"), r"--search needs jax_cuda13_plugin: pip install -e '\.\[cuda\]'")])  # fmt: skip
+def test_what_needs_a_compiler_says_so_first(flags, message, capsys, monkeypatch):
+    monkeypatch.setattr(Compiler, "package", "")
+    with pytest.raises(ConfigError, match=message):
+        pods.run(*command(*flags, "--only", "13M", "--stage", "pm"))
+    assert not capsys.readouterr().out
+
+
 def test_what_cannot_be_planned_is_refused():
     with pytest.raises(ConfigError, match="needs --topology"):
         pods.run(*command("--only", "13M"))
@@ -127,6 +136,8 @@ def test_candidates_divide_the_model_the_batch_and_the_devices():
     topology = parse_topology("v5p:2x4x4")
     first, *others = pods.candidates(step, topology)
     assert first == step and len(others) > 20
+    as_it_is = (step.stage.batch_size, mesh_sizes(step.stage.mesh, 32), "dots")  # what "auto" is off a CPU: not compiled twice
+    assert as_it_is not in [(c.stage.batch_size, mesh_sizes(c.stage.mesh, 32), c.stage.run.remat) for c in others]
     for candidate in others:
         mesh, batch = candidate.stage.mesh, candidate.stage.batch_size
         assert mesh.data * mesh.fsdp * mesh.tensor == 32 and batch % (mesh.data * mesh.fsdp) == 0 and 40 % mesh.tensor == 0
