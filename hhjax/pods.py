@@ -89,7 +89,11 @@ class Estimate:
 
     @property
     def bound(self) -> str:
-        return max(self.seconds, key=lambda b: self.seconds[b] / ATTAINABLE[b]) if self.seconds else ""
+        """What the predicted time comes from: the exchanges where they take longer than all else, else products or bytes."""
+        of = {b: s / ATTAINABLE[b] for b, s in self.seconds.items()}
+        if of.get("interconnect", 0.0) <= self.serial:
+            of.pop("interconnect", None)
+        return max(of, key=of.get) if of else ""
 
     @property
     def predicted(self) -> float:
@@ -99,6 +103,8 @@ class Estimate:
 
 def run(command: Command, flags: PlanFlags) -> int:
     """Prints the plan of every run of the command; returns 0, or 2 where a stage does not fit."""
+    if flags.tries < 1:
+        raise ConfigError(f"--tries {flags.tries}: give at least 1")
     if not flags.topology:
         raise ConfigError("hhjax plan needs --topology, such as v5p:4x4x4, v5p-128, v6e:16x16 or h200:8")
     topology = parse_topology(flags.topology)
@@ -112,16 +118,12 @@ def run(command: Command, flags: PlanFlags) -> int:
     steps = [step for r in command.runs for step in steps_of(r, command.launch.stage)]
     if not steps:
         raise ConfigError("nothing to plan: no LM, PM or PPO stage in the chosen runs")
+    if flags.search:
+        steps = searched(steps, topology, flags.tries, flags.patience_s)
     estimates = []
-    for i, step in enumerate(steps):
-        if flags.search:
-            found = search(step, topology, flags.tries, flags.patience_s)
-            print("\n".join(ranking(found, topology)), flush=True)
-            steps[i] = found[0][0]
-            estimates.append(found[0][1])
-        else:
-            estimates.append(estimate(step, topology))
-            print("\n".join(report(estimates[-1], topology)), flush=True)
+    for step in steps:
+        estimates.append(estimate(step, topology))
+        print("\n".join(report(estimates[-1], topology)), flush=True)
     rows = summary(steps, estimates, topology)
     print("", *table(rows), sep="\n")
     if flags.json:
@@ -230,29 +232,42 @@ def formula(step: Step, topology: Topology, positions: int, work: float) -> Esti
 # Search ---------------------------------------------------------------------------------------------------------------
 
 
+def searched(steps: Sequence[Step], topology: Topology, most: int, limit_s: float) -> list[Step]:
+    """The steps, each with the stage that was best in a search by its update, which holds the most and is most of the work; a PPO stage's
+    three phases stay one stage."""
+    best = {}
+    for step in steps:
+        if step.phase == "update":
+            found = search(step, topology, most, limit_s)
+            print("\n".join(ranking(found, topology, of=len(list(candidates(step, topology))))), flush=True)
+            best[step.run, step.stage.name] = found[0][0].stage
+    return [step._replace(stage=best[step.run, step.stage.name]) for step in steps]
+
+
 def search(step: Step, topology: Topology, most: int, limit_s: float) -> list[tuple[Step, Estimate]]:
     """Candidates that were compiled, those that fit first, each by its predicted seconds a row; each has limit_s to compile."""
     found = []
     for candidate in list(candidates(step, topology))[:most]:
         done = estimate(candidate, topology, limit_s)
         found.append((candidate, done))
-        print("\n".join(ranking([(candidate, done)], topology, False)), flush=True)
+        print("\n".join(ranking([(candidate, done)], topology)), flush=True)
     return sorted(found, key=lambda pair: (not pair[1].fits, pair[1].predicted / pair[0].stage.batch_size))
 
 
 def candidates(step: Step, topology: Topology) -> Iterator[Step]:
-    """The stage as it is, then with other meshes (those that divide the model, the batch and the devices, with little tensor
-    parallelism first), remat policies, and batches of one, two and four times its own; the state of each fits by formula."""
+    """The stage as it is, then with other remat policies, batches of one, two and four times its own (and as many fewer steps), and meshes
+    (those that divide the model, the batch and the devices, with little tensor parallelism first); the state of each fits by formula."""
     yield step
     stage, cfg = step.stage, next(iter(step.configs.values()))
     powers = [2**i for i in range(topology.devices.bit_length())]
     meshes = [MeshConfig(topology.devices // (f * t), f, t) for t, f in product(powers, powers) if f * t <= topology.devices]
-    for times, mesh, remat in product((1, 2, 4), meshes, ("full", "dots", "none")):
+    for remat, times, mesh in product(("dots", "full", "none"), (1, 2, 4), meshes):
         divides = topology.devices == mesh.data * mesh.fsdp * mesh.tensor and cfg.width % mesh.fsdp == cfg.kv_heads % mesh.tensor == 0
         parts = getattr(stage, "minibatches", 1) * stage.micro_batches * mesh.data * mesh.fsdp
         if not divides or stage.batch_size * times % parts or mesh.tensor > 16:
             continue
-        tried = replace(stage, mesh=mesh, batch_size=stage.batch_size * times, run=replace(stage.run, remat=remat))
+        length = {"steps": -(-stage.steps // times)} if stage.steps else {}
+        tried = replace(stage, mesh=mesh, batch_size=stage.batch_size * times, run=replace(stage.run, remat=remat), **length)
         same = times == 1 and remat == planned_remat(stage) and mesh_sizes(stage.mesh, topology.devices) == (mesh.data, mesh.fsdp, mesh.tensor)
         abstract = AbstractMesh((mesh.data, mesh.fsdp, mesh.tensor), AXES)
         candidate, capacity = step._replace(stage=tried), topology.chip.memory / topology.chip.devices
@@ -344,7 +359,7 @@ def table(rows: Sequence[dict]) -> list[str]:
     for r in rows:
         lines.append((r["run"], r["stage"], r["mesh"], r["remat"], str(r["batch"]), f"{r['gib']:.1f}", f"{r['capacity_gib']:.1f}",
                       "yes" if r["fits"] else "NO", r["bound"], show(r["seconds"], ".3g"), show(r["tokens_per_s"], ",.0f"),
-                      show(r["mfu"], ".2f"), show(r["days"], ".3g"), show(r["chip_hours"], ",.0f")))  # fmt: skip
+                      show(r["mfu"], ".2f"), show(r["days"], ".3g"), show(r["chip_hours"], ",.0f" if (r["chip_hours"] or 0) >= 10 else ".3g")))  # fmt: skip
     total = [[r[k] for r in rows if r[k] is not None] for k in ("days", "chip_hours")]
     if len(rows) > 1 and total[0]:
         lines.append(("all, one after another", *[""] * 11, f"{sum(total[0]):.3g}", f"{sum(total[1]):,.0f}"))
@@ -352,10 +367,10 @@ def table(rows: Sequence[dict]) -> list[str]:
     return ["  ".join(cell.ljust(w) for cell, w in zip(line, widths)).rstrip() for line in lines]
 
 
-def ranking(found: Sequence[tuple[Step, Estimate]], topology: Topology, best: bool = True) -> Iterator[str]:
-    """A search's candidates, a line each."""
-    if best and found:
-        yield f"\n{found[0][0].run}: {found[0][0].stage.name} {found[0][0].phase}, {len(found)} candidates, the fastest a row first"
+def ranking(found: Sequence[tuple[Step, Estimate]], topology: Topology, of: int = 0) -> Iterator[str]:
+    """A search's candidates, a line each; with a heading where it is told how many there are."""
+    if of:
+        yield f"\n{found[0][0].run}: {found[0][0].stage.name} {found[0][0].phase}, {len(found)} of {of} candidates, the fastest a row first"
     for step, e in found:
         mesh = "x".join(str(n) for n in e.mesh.values())
         rows, memory = step.stage.batch_size, e.failure or f"{e.used / GIB:.1f} GiB"

@@ -21,13 +21,13 @@ Made by `python scripts/plan_pods.py`: each row is `hhjax plan experiments/pods.
 by {compilers} and jax {jax} on a machine without TPU or GPU. **Nothing here was measured on one.**
 
 - Stages: a PM of 160,800 pairs (batches of 32, a prompt and a reply of at most 1,024 tokens); PPO of 200,000 samples (batches of 512, 128
-  tokens of prompt and 128 of reply, separate value network, one epoch); both keep matrix products for the backward pass and compute the
+  tokens of prompt and 128 of reply, separate value network, one epoch). All keep matrix products for the backward pass and compute the
   rest anew. The language model's 400 billion tokens in batches of a million are there to show what pretraining would cost.
 - A PM's pairs lie end to end in rows of 1,280 tokens, at least one row a way of the mesh. How many they fill is assumed to be as with
-  HH's (`hhjax/lowering.py`): 7, of which whole multiples of data x fsdp are computed: 8, 16 or 32. *tokens/s* counts all positions of them.
+  HH's (`hhjax/lowering.py`): 7, or on more ways than one the next multiple of data x fsdp: 8, 16 or 32. *tokens/s* counts all positions of them.
 - *PPO's* replies are planned at full length, two to a row of 520 positions, where packing saves nothing and attention looks over twice the width.
 - *mesh* is data x fsdp x tensor; PPO samples on a mesh of its own, in brackets: weights are resharded once an iteration, in bf16.
-- *GiB* is what a device holds at the worst moment, state of phases that wait included, of what its compiler calls available.
+- *GiB* is what a device holds at the worst moment, state of phases that wait included, of what its compiler calls available (GPUs: of nine tenths, which hhjax takes).
 - *s* is a PM or LM update, or a whole PPO iteration with its parts: sampling, scoring, update. Predicted: the instructions of the compiled
   program one after another, each by its products or its bytes, or its exchanges where they take longer, at {attainable} of the
   peaks. These shares are assumed. Latencies of small

@@ -5,6 +5,7 @@ import pytest
 
 from hhjax import bench
 from hhjax.data.stream import PairSource
+from hhjax.model.transformer import RunConfig
 from hhjax.roofline import forward_flops, lm_step_flops, pm_step_flops
 
 TINY = {"layers": 1, "width": 32, "heads": 2, "mlp_width": 64, "vocab": 64, "batch": 8, "prompt": 12, "response": 8, "repeats": 1, "warmup": 1}
@@ -65,3 +66,8 @@ def test_prompts_of_hh_s_lengths_are_packed():
 def test_a_trace_is_written(tmp_path):
     bench.score(bench.Bench(**TINY, profile=str(tmp_path)))
     assert list(tmp_path.rglob("*.xplane.pb"))
+
+
+def test_a_benchmark_runs_the_model_as_it_is_told():
+    told = dict(dtype="float32", remat="full", unroll=2, attention="plain")
+    assert bench.Bench(**told).run() == RunConfig(**told)

@@ -121,6 +121,8 @@ def test_what_needs_a_compiler_says_so_first(flags, message, capsys, monkeypatch
 
 
 def test_what_cannot_be_planned_is_refused():
+    with pytest.raises(ConfigError, match="--tries 0: give at least 1"):
+        pods.run(*command("--only", "13M", "--topology", "v5e:2x2", "--search", "--tries", 0))
     with pytest.raises(ConfigError, match="needs --topology"):
         pods.run(*command("--only", "13M"))
     with pytest.raises(ConfigError, match="unknown chip"):
@@ -136,12 +138,40 @@ def test_candidates_divide_the_model_the_batch_and_the_devices():
     topology = parse_topology("v5p:2x4x4")
     first, *others = pods.candidates(step, topology)
     assert first == step and len(others) > 20
+    assert {c.stage.batch_size for c in others[:24]} == {32, 64} and {c.stage.run.remat for c in others[:24]} == {"dots"}
+    assert all(abs(c.stage.steps * c.stage.batch_size - step.stage.steps * 32) < 4 * 32 for c in others)  # as much data
     as_it_is = (step.stage.batch_size, mesh_sizes(step.stage.mesh, 32), "dots")  # what "auto" is off a CPU: not compiled twice
     assert as_it_is not in [(c.stage.batch_size, mesh_sizes(c.stage.mesh, 32), c.stage.run.remat) for c in others]
     for candidate in others:
         mesh, batch = candidate.stage.mesh, candidate.stage.batch_size
         assert mesh.data * mesh.fsdp * mesh.tensor == 32 and batch % (mesh.data * mesh.fsdp) == 0 and 40 % mesh.tensor == 0
     assert {c.stage.run.remat for c in others} == {"full", "dots", "none"} and {c.stage.batch_size for c in others} == {32, 64, 128}
+
+
+def test_a_search_leaves_the_phases_of_ppo_one_stage(monkeypatch):
+    """It looks at the update alone, and what is found there is how all three are planned."""
+    seen = []
+
+    def search(step, topology, most, limit_s):
+        seen.append(step.phase)
+        return [(list(pods.candidates(step, topology))[5], known(serial=1.0))]
+
+    monkeypatch.setattr(pods, "search", search)
+    given = steps("13M", "ppo") + steps("13M", "pm")
+    found = pods.searched(given, parse_topology("v5p:2x2x1"), 24, 1.0)
+    assert seen == ["update", "update"] and [s.phase for s in found] == [s.phase for s in given]
+    assert found[0].stage == found[1].stage == found[2].stage != given[0].stage
+
+
+def known(serial: float, **seconds) -> pods.Estimate:
+    """An estimate of which only times are known."""
+    return pods.Estimate("", "", "", {}, {}, 1.0, 1.0, 1.0, 1, (), {"compute": 0.08, "HBM": 0.16, "interconnect": 0.0} | seconds, serial, 1, 0, "", 1.0)
+
+
+def test_the_bound_is_what_the_predicted_time_comes_from():
+    """Instructions one after another, as long as exchanges beside them take no longer."""
+    beside, alone = known(0.3, interconnect=0.2), known(0.3, interconnect=0.4)
+    assert (beside.predicted, beside.bound) == (0.3, "HBM") and (alone.predicted, alone.bound) == (pytest.approx(0.5), "interconnect")
 
 
 def test_a_run_is_picked_by_its_size():
