@@ -147,6 +147,16 @@ def test_the_cpu_s_products_and_angles_give_the_same_gradients_another_way(cfg):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6, rtol=1e-4), grads, other_grads)
 
 
+@pytest.mark.parametrize("rows", [(1,), (3, 1), (transformer.FEW_ROWS,), (transformer.FEW_ROWS + 1,)], ids=str)
+def test_a_product_of_few_rows_goes_the_other_way_and_is_the_same(rows):
+    x, turned, g = (jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate([(*rows, 16), (24, 16), (*rows, 24)]))
+    ours, theirs = (jax.vjp(f, x, turned) for f in (lambda x, w: transformer.few_or_many(x, w.T), lambda x, w: x @ w.T))
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5), (ours[0], ours[1](g)), (theirs[0], theirs[1](g)))
+    # The weights are the left side, for whose sake it is done, and stay there.
+    made = "f32[24,{}]".format(x.size // 16)
+    assert (made in jax.jit(transformer.few_or_many).lower(x, turned.T).compile().as_text()) == (x.size // 16 <= transformer.FEW_ROWS)
+
+
 def test_bfloat16_compute_keeps_f32_parameters_and_logits():
     model = make_model(TINY, run=RunConfig(dtype="bfloat16"))
     params, tokens = model.init(jax.random.key(1)), tokens_for(TINY)
