@@ -128,7 +128,8 @@ def parse_topology(text: str) -> Topology:
         raise ConfigError(f"topology {text!r}: choose one of {known}, or say the shape: {kind}:{'x'.join('4' * chip.axes)}")
     shape = tuple(int(n) for n in size.split("x")) if re.fullmatch(r"\d+(x\d+)*", size) and mark == ":" else ()
     if len(shape) != (chip.axes or 1) or 0 in shape:
-        raise ConfigError(f"topology {text!r}: give {kind}:{'x'.join('4' * (chip.axes or 1))}, {chip.axes or 1} numbers of chips")
+        example = f"{kind}:{'x'.join('4' * chip.axes)}, {chip.axes} numbers of chips" if chip.axes else f"{kind}:8, the number of GPUs"
+        raise ConfigError(f"topology {text!r}: give {example}")
     if not chip.axes and shape[0] > chip.host and shape[0] % chip.host:
         raise ConfigError(f"topology {text!r}: {shape[0]} GPUs do not fill machines of {chip.host}; choose a multiple of {chip.host}, or fewer")
     # docs.cloud.google.com/kubernetes-engine/docs/concepts/plan-tpus: larger slices of a 3D torus are of whole cubes, smallest side first.

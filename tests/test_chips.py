@@ -32,6 +32,7 @@ def test_a_topology_has_a_name_chips_and_devices(text, name, chips, devices):
     ("v5p:8x4x4", "multiples of 4, smallest first"),
     ("v6e:4x2", "no such slice; choose v6e:SHAPE of 1x1, 2x2, 2x4"),
     ("v5e:32x32", "no such slice"),
+    ("h100", "give h100:8, the number of GPUs"),
 ])  # fmt: skip
 def test_what_is_no_topology_is_refused_with_the_remedy(text, message):
     with pytest.raises(ConfigError, match=message):

@@ -40,14 +40,15 @@ def make_ppo_update(train_step):
 
     order: [K, b] int32, the samples of each minibatch, or None: one update on all of them as they are. rows: what the models read of
     each minibatch, a tree of [K, ...], or None: the rows of the rollout, by the same order. Metrics are means over the minibatches,
-    those in _max maxima; first_log_ratio_max is the first minibatch's, 0 but for rounding.
+    those in _max maxima; first_log_ratio_max, where the loss tells log_ratio_max, is the first minibatch's, 0 but for rounding.
     """
+    first = lambda metrics, pick: {f"first_{n}": pick(x) for n, x in metrics.items() if n == "log_ratio_max"}  # noqa: E731
 
     def update(state: TrainState, rollout, order=None, rows=None):
         if order is None:
             own = rollout.rows if rows is None else jax.tree.map(lambda x: x[0], rows)
             state, metrics = train_step(state, rollout._replace(rows=own))
-            return state, metrics | {"first_log_ratio_max": metrics["log_ratio_max"]}
+            return state, metrics | first(metrics, lambda x: x)
 
         def one(state, part):
             index, own = part
@@ -56,8 +57,7 @@ def make_ppo_update(train_step):
             return train_step(state, mine if own is None else mine._replace(rows=own))
 
         state, metrics = jax.lax.scan(one, state, (order, rows))
-        first = metrics["log_ratio_max"][0]
-        return state, {n: combine(n)(x) for n, x in metrics.items()} | {"first_log_ratio_max": first}
+        return state, {n: combine(n)(x) for n, x in metrics.items()} | first(metrics, lambda x: x[0])
 
     return update
 

@@ -163,6 +163,21 @@ def test_a_minibatch_holds_its_samples(scored):
     assert float(metrics["first_log_ratio_max"]) == sum(seen[0]) and float(metrics["log_ratio_max"]) == max(map(sum, seen))
 
 
+@pytest.mark.parametrize("order", [None, np.arange(8).reshape(2, 4)], ids=["whole", "minibatches"])
+def test_a_loss_need_not_tell_a_ratio(scored, order):
+    _, params, _, _, actor, rollout, _ = scored
+
+    def loss(params, rollout, key):
+        logp, values, _ = actor(params, rollout.rows)
+        return -jnp.mean(logp * rollout.advantages) + jnp.mean(jnp.square(values - rollout.returns)), {"weight": 1.0}
+
+    optimizer, *_ = make_updates(actor)
+    update = make_ppo_update(make_train_step(loss, optimizer, 1, ("policy", "value")))
+    state, metrics = update(init_state(params, optimizer, jax.random.key(0)), rollout, order)
+    assert int(state.step) == (1 if order is None else 2)
+    assert not any("log_ratio" in name for name in metrics) and np.isfinite(metrics["loss"])
+
+
 def test_micro_batches_give_the_same_update(scored):
     _, params, _, _, actor, rollout, _ = scored
     moved = rollout._replace(logp=rollout.logp - 0.1 * jnp.arange(8)[:, None])
