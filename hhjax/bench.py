@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from statistics import median
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -22,13 +23,13 @@ from hhjax.data.packing import PackedSource
 from hhjax.data.stream import PairSource
 from hhjax.loops.phases import Seconds, advance, make_phases, memory_gib, phase_flops, ppo_optimizer, ppo_shardings
 from hhjax.loops.supervised import compute_dtype
-from hhjax.model.generate import Sampling, generate
+from hhjax.model.generate import Sampling, generate, slots_of
 from hhjax.model.sizes import matmul_params, model_config
 from hhjax.model.transformer import ModelConfig, RunConfig, make_model
 from hhjax.objectives.lm import lm_objective
 from hhjax.objectives.preference import end_scores, preference_objective
 from hhjax.roofline import attention_ceiling, copy_ceiling, forward_flops, lm_step_flops, logits_flops, matmul_ceiling, pm_step_flops
-from hhjax.sharding import make_mesh, put_batch
+from hhjax.sharding import batch_ways, make_mesh, put_batch
 from hhjax.stages import PPO
 from hhjax.train.state import OptimConfig, init_state, make_optimizer
 from hhjax.train.step import make_train_step
@@ -69,7 +70,10 @@ def ceiling(repeats: int = 5) -> dict:
 @dataclass(frozen=True)
 class Bench:
     """What is timed: a rung of sizes.py by name, or without one a decoder in the Qwen3 layout. dtype, remat, unroll, attention as
-    RunConfig's; repeats are timed after warmup, one after the other."""
+    RunConfig's; repeats are timed after warmup, one after the other.
+
+    Rates are of the median, those of preference models, whose batches differ, of the mean; an update's shares are of the mean. noisy: where the
+    median takes over a tenth longer than the best. Raises ValueError for what cannot be timed."""
 
     size: str = ""
     layers: int = 4
@@ -78,15 +82,23 @@ class Bench:
     mlp_width: int = 1024
     vocab: int = 512
     dtype: str = "auto"
-    remat: str = "auto"
+    remat: Literal["auto", "none", "dots", "full"] = "auto"
     unroll: int = 0
-    attention: str = "auto"
+    attention: Literal["auto", "plain"] = "auto"
     batch: int = 16
     prompt: int = 64
     response: int = 64
     repeats: int = 10
     warmup: int = 3
     profile: str = ""  # a folder for a trace of the timed part
+
+    def __post_init__(self):
+        least = {"batch": 1, "prompt": 1, "response": 1, "repeats": 1, "warmup": 0}
+        for name, value in ((name, getattr(self, name)) for name in least):
+            if value < least[name]:
+                raise ValueError(f"{name} {value}; give at least {least[name]}")
+        if not self.size and self.width % self.heads:
+            raise ValueError(f"width {self.width} is no multiple of heads {self.heads}")
 
     def shape(self) -> ModelConfig:
         if self.size:
@@ -110,7 +122,7 @@ class PMBench(Bench):
     """Updates of a preference model. lengths: "fixed", every prompt and reply full, or "hh", drawn from HH's, at most seq_len a
     reply with its prompt. packed: as PM.packed. steps go through different batches."""
 
-    lengths: str = "fixed"
+    lengths: Literal["fixed", "hh"] = "fixed"
     seq_len: int = 512
     packed: bool = True
 
@@ -122,7 +134,7 @@ class PPOBench(Bench):
     all rows are full. slots: as Sampling.slots."""
 
     epochs: int = 1
-    lengths: str = "fixed"
+    lengths: Literal["fixed", "hh"] = "fixed"
     packed: bool = False
     slots: int = 0
 
@@ -136,6 +148,17 @@ class GenerateBench(Bench):
     slots: int = 0
     copies: int = 1
 
+    def __post_init__(self):
+        super().__post_init__()
+        if self.response < 2:
+            raise ValueError(f"response {self.response}; a decode step is timed by the second token on: give at least 2")
+        if self.copies < 1 or self.batch % self.copies:
+            raise ValueError(f"copies {self.copies} do not divide a batch of {self.batch}")
+        self.slots_used()
+
+    def slots_used(self) -> int:
+        return slots_of(Sampling(self.response, slots=self.slots), self.batch, 1)
+
 
 class Numbers:
     """A tokenizer whose words are ids, so that a comparison has the lengths that are asked for."""
@@ -148,8 +171,6 @@ class Numbers:
 
 def draw_comparisons(cfg: PMBench, count: int) -> list[Comparison]:
     """Comparisons of random words. Lengths count headers, <eot> and <eoc>."""
-    if cfg.lengths not in ("fixed", "hh"):
-        raise ValueError(f"lengths {cfg.lengths!r}; choose fixed or hh")
     rng = np.random.default_rng(0)
     draw = lambda deciles: int(np.interp(rng.uniform(0, 10), range(11), deciles))  # noqa: E731
     words = lambda n: " ".join(map(str, rng.integers(4, cfg.vocab, max(1, n - 2))))  # noqa: E731
@@ -211,7 +232,7 @@ def time_step(cfg: Bench, model, loss, batches: Iterator, flops: Callable) -> di
     ceilings.append(cfg.ceiling())
     peak = device_peak(jax.devices()[0].device_kind)
     vendor = {"share_of_vendor": round(sum(work) / sum(timed) / peak, 3)} if peak else {}
-    return vendor | {"median_s": round(median(timed), 6), "mean_s": round(sum(timed) / len(timed), 6), "best_s": round(min(timed), 6),
+    return vendor | spread(timed) | {"mean_s": round(sum(timed) / len(timed), 6),
             "share_of_ceiling": round(sum(work) / sum(timed) / max(ceilings), 3), "ceiling_gflops": round(max(ceilings) / 1e9, 1),
             "shapes": len(programs), "compile_s": round(compile_s, 2)}  # fmt: skip
 
@@ -219,9 +240,7 @@ def time_step(cfg: Bench, model, loss, batches: Iterator, flops: Callable) -> di
 def sampling(cfg: GenerateBench) -> dict:
     """Sampling after full prompts: new tokens/s; the share of the roofline of a decode step, the greater of its bytes (weights and cache)
     over the copy rate and its FLOPs over the matrix rate; and slot_occupancy, the share of the rows decoded that gave a token."""
-    if cfg.response < 2:
-        raise ValueError(f"response {cfg.response}; a decode step is timed by the second token on: give at least 2")
-    model, shape, slots = cfg.model(), cfg.shape(), cfg.slots or cfg.batch
+    model, shape, slots = cfg.model(), cfg.shape(), cfg.slots_used()
     vocab = Vocabulary(pad=0, eot=2 if cfg.mean_length else shape.vocab, eoc=1, size=shape.vocab)  # without a mean, a stop that is never drawn
     count = cfg.batch // cfg.copies
     full = np.full(count, cfg.prompt, np.int32)
@@ -249,7 +268,7 @@ def sampling(cfg: GenerateBench) -> dict:
     step = (sum(whole) - cfg.repeats * median(prefill)) / sum(steps)
     floor = decode_floor(cfg, slots, 1, copy_ceiling(), cfg.ceiling())
     rate = new / np.array(whole)
-    return {"median_s": round(median(whole), 6), "best_s": round(min(whole), 6), "prefill_s": round(median(prefill), 6),
+    return spread(whole) | {"prefill_s": round(median(prefill), 6),
             "tokens_per_s": round(median(rate), 1), "best_tokens_per_s": round(max(rate), 1), "mean_reply": round(sum(new) / len(new) / cfg.batch, 1),
             "slot_occupancy": round((sum(new) - len(new) * cfg.batch) / (slots * sum(steps)), 3),
             "decode_step_ms": round(1e3 * step, 3), "share_of_roofline": round(floor / step, 3), "compile_s": round(compile_s, 2)} | about(cfg)  # fmt: skip
@@ -287,7 +306,7 @@ def score(cfg: Bench) -> dict:
     compile_s = time.perf_counter() - began
     timed = time_calls(lambda i: compiled(params, rows), cfg)
     work = forward_flops(model.config, cfg.batch, width)
-    return {"median_s": round(median(timed), 6), "best_s": round(min(timed), 6), "rows_per_s": round(cfg.batch / median(timed), 1),
+    return spread(timed) | {"rows_per_s": round(cfg.batch / median(timed), 1),
             "share_of_ceiling": round(work / median(timed) / cfg.ceiling(), 3), "compile_s": round(compile_s, 2)} | about(cfg)  # fmt: skip
 
 
@@ -303,6 +322,11 @@ def time_calls(call: Callable, cfg: Bench) -> list[float]:
         seconds(i)
     with tracing(cfg.profile):
         return [seconds(i) for i in range(cfg.warmup, cfg.warmup + cfg.repeats)]
+
+
+def spread(timed: list[float]) -> dict:
+    """Median and best of these seconds, and whether the two are too far apart for more than comparisons."""
+    return {"median_s": round(median(timed), 6), "best_s": round(min(timed), 6), "noisy": median(timed) > 1.1 * min(timed)}
 
 
 def tracing(folder: str):
@@ -361,12 +385,12 @@ def ppo(cfg: PPOBench) -> dict:
     phases_s = {f"{name}_s": round(median(r[name] for r in timed), 4) for name in ("generate", "score", "train")}
     devices = 1 if jax.default_backend() == "cpu" else mesh.size  # simulated ones share one machine
     work, rate = phase_flops(stage, dict.fromkeys(models, shape), scored, learnt), cfg.ceiling()
-    slots = cfg.slots or cfg.batch
+    slots = slots_of(stage.sampling, cfg.batch, batch_ways(mesh))
     steps = (cfg.response - 1) * cfg.batch / slots  # no reply stops
     prefill = forward_flops(shape, cfg.batch, cfg.prompt) + logits_flops(shape, cfg.batch)
     floor = (work["score"] + work["update"] + prefill) / rate / devices + steps * decode_floor(cfg, slots, devices, copy_ceiling(), rate)
-    return {
-        "median_s": round(median(whole), 6), "best_s": round(min(whole), 6), **phases_s,
+    return spread(whole) | {
+        **phases_s,
         "samples_per_s": round(cfg.batch / median(whole), 2), "best_samples_per_s": round(cfg.batch / min(whole), 2),
         "train_share_of_ceiling": round(work["update"] / phases_s["train_s"] / rate / devices, 3), "times_floor": round(median(whole) / floor, 2), "first_step_s": round(first, 2),
         "useful_share": round(float(replied.length.sum() / np.prod(scored)), 3),
@@ -375,8 +399,6 @@ def ppo(cfg: PPOBench) -> dict:
 
 def prompt_lengths(cfg: PPOBench, rng) -> np.ndarray:
     """[batch] int32."""
-    if cfg.lengths not in ("fixed", "hh"):
-        raise ValueError(f"lengths {cfg.lengths!r}; choose fixed or hh")
     drawn = np.interp(rng.uniform(0, 10, cfg.batch), range(11), HH_PROMPT).astype(np.int32)
     return np.minimum(drawn, cfg.prompt) if cfg.lengths == "hh" else np.full(cfg.batch, cfg.prompt, np.int32)
 

@@ -295,18 +295,21 @@ def bench(argv: Sequence[str]) -> int:
     if not argv or argv[0] not in ("ceiling", *timed):
         print(f"usage: hhjax bench {'|'.join(('ceiling', *timed))} [--help]", file=sys.stderr)
         return 0 if argv and argv[0] in ("-h", "--help") else 2
+    prog = f"hhjax bench {argv[0]}"
     if argv[0] == "ceiling":
-        print(bench.report(bench.ceiling()))
-    else:
-        measure, config = timed[argv[0]]
-        args = tyro.cli(config, args=argv[1:], prog=f"hhjax bench {argv[0]}")
-        if argv[0] == "scale":
-            jax.config.update("jax_num_cpu_devices", args.devices)
-        found = measure(args)
-        rows = [found] if isinstance(found, dict) else list(found)
-        print(bench.table(rows, {*vars(args), *bench.about(args)} - {"layers"}))
-        for row in rows:
-            print(json.dumps({"bench": argv[0]} | row))
+        print(bench.report(tyro.cli(bench.ceiling, args=argv[1:], prog=prog)))
+        return 0
+    measure, config = timed[argv[0]]
+    args = tyro.cli(config, args=argv[1:], prog=prog)
+    if argv[0] == "scale":
+        jax.config.update("jax_num_cpu_devices", args.devices)
+    found, rows = measure(args), []
+    for row in [found] if isinstance(found, dict) else found:
+        rows.append(row)
+        print(json.dumps({"bench": argv[0]} | row), flush=True)
+    print(bench.table(rows, {*vars(args), *bench.about(args)} - {"layers"}))
+    if args.profile:
+        print(f"the trace lies under {args.profile}/plugins/profile: .trace.json.gz for ui.perfetto.dev, .xplane.pb for XProf in TensorBoard")
     return 0
 
 

@@ -95,7 +95,7 @@ def main() -> None:
 
 HEAD = """# Benchmarks
 
-Made by `python scripts/benchmarks.py`, or `--accelerator`; each table says when and where. `share_of_ceiling` is of this machine's own matrix products, read in the
+Made by `python scripts/benchmarks.py`, on an accelerator with `--accelerator`; each table says when and where, and tables of other days ran beside another noise. `share_of_ceiling` is of this machine's own matrix products, read in the
 same run; `of_one_device` the rate over one device's, in turn."""
 NOTES = "## Notes\n\n"  # what follows is written by hand and kept
 

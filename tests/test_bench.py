@@ -26,8 +26,6 @@ def test_comparisons_have_the_lengths_asked_for():
     prompts, replies = hh.chosen.prompt_len, hh.chosen.length - hh.chosen.prompt_len
     np.testing.assert_allclose(np.quantile(prompts, [0.2, 0.5, 0.8]), [22, 96, 207], rtol=0.15)
     np.testing.assert_allclose([prompts.mean(), replies.mean()], [128, 50], rtol=0.15)
-    with pytest.raises(ValueError, match="choose fixed or hh"):
-        bench.draw_comparisons(bench.PMBench(lengths="short"), 1)
 
 
 def test_preference_models():
@@ -47,8 +45,24 @@ def test_the_others():
     assert scored["share_of_ceiling"] * CEILING * scored["median_s"] == pytest.approx(forward_flops(shape, 8, 20), rel=0.02)
     assert drawn["prefill_s"] > 0 and ppo["first_step_s"] > ppo["median_s"] > ppo["train_s"]
     assert all(row["memory_gib"] > 0 and row["batch"] == 8 for row in (lm, drawn, scored, ppo))
-    with pytest.raises(ValueError, match="at least 2"):
-        bench.sampling(bench.GenerateBench(**TINY | {"response": 1}))
+
+
+@pytest.mark.parametrize("kind, wrong, message", [
+    (bench.Bench, {"repeats": 0}, "repeats 0; give at least 1"),
+    (bench.Bench, {"width": 30, "heads": 4}, "width 30 is no multiple of heads 4"),
+    (bench.GenerateBench, {"response": 1}, "at least 2"),
+    (bench.GenerateBench, {"copies": 3}, "copies 3 do not divide a batch of 8"),
+    (bench.GenerateBench, {"slots": 3}, "do not divide a batch of 8"),
+])  # fmt: skip
+def test_what_cannot_be_timed_is_refused_at_once(kind, wrong, message):
+    with pytest.raises(ValueError, match=message):
+        kind(**TINY | wrong)
+
+
+def test_more_slots_than_rows_are_the_rows():
+    assert bench.GenerateBench(**TINY, slots=99).slots_used() == 8
+    row = bench.sampling(bench.GenerateBench(**TINY, slots=99))
+    assert row["slot_occupancy"] == 1.0  # no reply stops
 
 
 def test_ragged_replies_leave_and_make_room():

@@ -99,7 +99,7 @@ class Cache(NamedTuple):
 
 
 ACTIVATIONS = {"gelu": partial(nn.gelu, approximate=False), "gelu_tanh": nn.gelu, "silu": nn.silu}
-FEW_ROWS = 96  # up to which `few_or_many` goes the other way: 1.2 times as fast at 64 rows, equal at 128
+FEW_ROWS = 64  # of all devices together, up to which `few_or_many` goes the other way: still 1.2 times as fast, at 96 equal
 REMAT = {
     "none": None,
     "dots": lambda primitive, *given, **settings: (
@@ -130,7 +130,7 @@ def make_model(cfg: ModelConfig, mesh=None, run: RunConfig = RunConfig()) -> Mod
     fused = fused_attention(device, dtype, cfg.head_dim, mesh) if run.attention == "auto" else None
     unroll = min(cfg.layers, run.unroll or (8 if platform == "cpu" else 1))
     policy = REMAT[remat_on(run, platform)]
-    block, decoding = Block(cfg, dtype, barrier, fused), Block(cfg, dtype, barrier, fused, turned=True)
+    block, decoding = Block(cfg, dtype, barrier, fused), Block(cfg, dtype, barrier, fused, turned=dtype == jnp.float32)
     axes, declared = decoder_axes(cfg), block_params(cfg)
     layer_axes, shapes = ({name: get(box) for name, box in declared.items()} for get in (lambda b: b.names, lambda b: b.value.shape))
 
@@ -211,15 +211,19 @@ def make_model(cfg: ModelConfig, mesh=None, run: RunConfig = RunConfig()) -> Mod
         if barrier:
             turned = lambda name, w: w.reshape(-1, cfg.width).T if name == "o" else w.reshape(len(w), -1).T  # noqa: E731
             blocks = tuple({name: turned(name, w) if w.ndim > 1 else w for name, w in weights.items()} for weights in blocks)
-            return params | {"blocks": jax.lax.optimization_barrier(blocks)}
+            last = {} if cfg.tied_embeddings else {"unembed_turned": params["unembed"].T}
+            return params | jax.lax.optimization_barrier(last | {"blocks": blocks})
         return jax.tree.map(lambda w: w.astype(dtype) if w.ndim > 1 else w, params | {"blocks": blocks})
 
     def logits(params, hidden):
         """[..., D] -> [..., V] f32."""
+        hidden, turned = hidden.astype(dtype), params["embed"] if cfg.tied_embeddings else params.get("unembed_turned")
+        if barrier and dtype == jnp.float32 and turned is not None:
+            return few_or_many(hidden, gather(turned, axes["embed"]).T)
         name = "embed" if cfg.tied_embeddings else "unembed"
-        table, hidden = gather(params[name], axes[name]), hidden.astype(dtype)
+        table = gather(params[name], axes[name])
         if barrier and dtype == jnp.float32:
-            return few_or_many(hidden, table.T) if cfg.tied_embeddings else product(hidden, table)
+            return product(hidden, table)
         return jnp.einsum("...d,vd->...v" if cfg.tied_embeddings else "...d,dv->...v", hidden, table, preferred_element_type=jnp.float32)
 
     def score(params, hidden):
@@ -236,7 +240,8 @@ def make_model(cfg: ModelConfig, mesh=None, run: RunConfig = RunConfig()) -> Mod
 
 
 class Block(nn.Module):
-    """One decoder block: attention and MLP, in sequence or in parallel on the same input. turned: weights lie as `Model.unrolled` has them."""
+    """One decoder block: attention and MLP, in sequence or in parallel on the same input. turned: for decoding on CPU in f32, whose weights lie as
+    `Model.unrolled` has them."""
 
     cfg: ModelConfig
     dtype: jnp.dtype
@@ -474,8 +479,8 @@ def few_or_many(x, w):
     into an order of its own at every call, and turns products round unless a barrier keeps it from doing so."""
     if math.prod(x.shape[:-1]) > FEW_ROWS:
         return product(x, w)
-    made = jax.lax.dot_general(w, x.reshape(-1, x.shape[-1]), (((0,), (1,)), ((), ())))
-    return jax.lax.optimization_barrier(made).T.reshape(*x.shape[:-1], -1)
+    made = jax.lax.dot_general(w, x.reshape(math.prod(x.shape[:-1]), x.shape[-1]), (((0,), (1,)), ((), ())))
+    return jax.lax.optimization_barrier(made).T.reshape(*x.shape[:-1], w.shape[1])
 
 
 def first_layers(params, layers: int):

@@ -42,13 +42,15 @@ def make_ppo_update(train_step):
     each minibatch, a tree of [K, ...], or None: the rows of the rollout, by the same order. Metrics are means over the minibatches,
     those in _max maxima; first_log_ratio_max, where the loss tells log_ratio_max, is the first minibatch's, 0 but for rounding.
     """
-    first = lambda metrics, pick: {f"first_{n}": pick(x) for n, x in metrics.items() if n == "log_ratio_max"}  # noqa: E731
+
+    def first(metrics, at=...):
+        return {"first_log_ratio_max": metrics["log_ratio_max"][at]} if "log_ratio_max" in metrics else {}
 
     def update(state: TrainState, rollout, order=None, rows=None):
         if order is None:
             own = rollout.rows if rows is None else jax.tree.map(lambda x: x[0], rows)
             state, metrics = train_step(state, rollout._replace(rows=own))
-            return state, metrics | first(metrics, lambda x: x)
+            return state, metrics | first(metrics)
 
         def one(state, part):
             index, own = part
@@ -57,7 +59,7 @@ def make_ppo_update(train_step):
             return train_step(state, mine if own is None else mine._replace(rows=own))
 
         state, metrics = jax.lax.scan(one, state, (order, rows))
-        return state, {n: combine(n)(x) for n, x in metrics.items()} | first(metrics, lambda x: x[0])
+        return state, {n: combine(n)(x) for n, x in metrics.items()} | first(metrics, 0)
 
     return update
 
@@ -86,6 +88,9 @@ def accumulate(grad_fn, params, batch: Batch, key, parts: int):
     slices = (jnp.arange(parts), jax.tree.map(cut, batch))
     shapes = jax.eval_shape(grad_fn, params, jax.tree.map(lambda x: x[0], slices[1]), key)
     (value, metrics), grads = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    if "weight" not in metrics:
+        raise ValueError(f"micro-batches are combined by their weight, and the loss tells only {', '.join(metrics) or 'its value'}; give `weight`, "
+                         f"the number of tokens or pairs that it is the mean of")  # fmt: skip
     total, tops = metrics.pop("weight"), jax.tree.map(lambda x: x - jnp.inf, pop_maxima(metrics))
     (total, tops, value, metrics, grads), _ = jax.lax.scan(one, (total, tops, value, metrics, grads), slices)
     value, metrics, grads = jax.tree.map(lambda s: s / jnp.maximum(total, 1e-9), (value, metrics, grads))

@@ -1,5 +1,6 @@
 """The decoder: parameter counts, causality, padding, the cache, remat, the product with its own backward, precision."""
 
+import re
 from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
@@ -153,8 +154,32 @@ def test_a_product_of_few_rows_goes_the_other_way_and_is_the_same(rows):
     ours, theirs = (jax.vjp(f, x, turned) for f in (lambda x, w: transformer.few_or_many(x, w.T), lambda x, w: x @ w.T))
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5), (ours[0], ours[1](g)), (theirs[0], theirs[1](g)))
     # The weights are the left side, for whose sake it is done, and stay there.
-    made = "f32[24,{}]".format(x.size // 16)
-    assert (made in jax.jit(transformer.few_or_many).lower(x, turned.T).compile().as_text()) == (x.size // 16 <= transformer.FEW_ROWS)
+    text = jax.jit(lambda x, turned: transformer.few_or_many(x, turned.T)).lower(x, turned).compile().as_text()
+    assert ("f32[24,{}]".format(x.size // 16) in text) == (x.size // 16 <= transformer.FEW_ROWS)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_decode_step_s_products_go_the_other_way_in_f32(tied, dtype):
+    cfg = replace(TINY, tied_embeddings=tied)
+    model = make_model(cfg, run=RunConfig(barrier="on", dtype=dtype))
+
+    def products(rows, decoding):
+        def run(params, tokens, cache):
+            seen = jnp.ones((rows, 1, 4), bool)
+            params = model.unrolled(params)
+            hidden, _ = model.apply(params, tokens, tokens, seen, cache, 3) if decoding else model.apply(params, tokens, cache=cache)
+            return model.logits(params, hidden)
+
+        shapes = jax.eval_shape(lambda: (model.init(jax.random.key(0)), jnp.zeros((rows, 1), jnp.int32), model.init_cache(rows, 4)))
+        return re.findall(rf"f32\[(\d+),{rows}\] = optimization_barrier", str(jax.make_jaxpr(run)(*shapes)))
+
+    dense = [cfg.heads * cfg.head_dim, cfg.kv_heads * cfg.head_dim, cfg.kv_heads * cfg.head_dim, cfg.width, cfg.mlp_width, cfg.width]
+    dense += cfg.gated_mlp * [cfg.mlp_width]
+    # jax writes a layer that it traced once down once.
+    assert sorted(map(int, products(5, True))) == (sorted([*dense, cfg.vocab]) if dtype == "float32" else [])
+    assert products(transformer.FEW_ROWS + 1, True) == []
+    assert list(map(int, products(5, False))) == ([cfg.vocab] if dtype == "float32" else [])
 
 
 def test_bfloat16_compute_keeps_f32_parameters_and_logits():

@@ -176,6 +176,9 @@ def test_a_loss_need_not_tell_a_ratio(scored, order):
     state, metrics = update(init_state(params, optimizer, jax.random.key(0)), rollout, order)
     assert int(state.step) == (1 if order is None else 2)
     assert not any("log_ratio" in name for name in metrics) and np.isfinite(metrics["loss"])
+    nameless = make_train_step(lambda *given: (loss(*given)[0], {}), optimizer, 2, ("policy", "value"))
+    with pytest.raises(ValueError, match="the loss tells only its value; give `weight`"):
+        nameless(init_state(params, optimizer, jax.random.key(0)), rollout)
 
 
 def test_micro_batches_give_the_same_update(scored):
