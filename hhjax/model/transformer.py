@@ -211,19 +211,15 @@ def make_model(cfg: ModelConfig, mesh=None, run: RunConfig = RunConfig()) -> Mod
         if barrier:
             turned = lambda name, w: w.reshape(-1, cfg.width).T if name == "o" else w.reshape(len(w), -1).T  # noqa: E731
             blocks = tuple({name: turned(name, w) if w.ndim > 1 else w for name, w in weights.items()} for weights in blocks)
-            last = {} if cfg.tied_embeddings else {"unembed_turned": params["unembed"].T}
-            return params | jax.lax.optimization_barrier(last | {"blocks": blocks})
+            return params | {"blocks": jax.lax.optimization_barrier(blocks)}
         return jax.tree.map(lambda w: w.astype(dtype) if w.ndim > 1 else w, params | {"blocks": blocks})
 
     def logits(params, hidden):
         """[..., D] -> [..., V] f32."""
-        hidden, turned = hidden.astype(dtype), params["embed"] if cfg.tied_embeddings else params.get("unembed_turned")
-        if barrier and dtype == jnp.float32 and turned is not None:
-            return few_or_many(hidden, gather(turned, axes["embed"]).T)
         name = "embed" if cfg.tied_embeddings else "unembed"
-        table = gather(params[name], axes[name])
+        table, hidden = gather(params[name], axes[name]), hidden.astype(dtype)
         if barrier and dtype == jnp.float32:
-            return product(hidden, table)
+            return product(hidden, table.T if cfg.tied_embeddings else table)
         return jnp.einsum("...d,vd->...v" if cfg.tied_embeddings else "...d,dv->...v", hidden, table, preferred_element_type=jnp.float32)
 
     def score(params, hidden):
