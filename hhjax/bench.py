@@ -157,6 +157,7 @@ class GenerateBench(Bench):
         self.slots_used()
 
     def slots_used(self) -> int:
+        """Rows that are decoded at one time, which are no more than there are. Raises ValueError where they do not divide the batch."""
         return slots_of(Sampling(self.response, slots=self.slots), self.batch, 1)
 
 

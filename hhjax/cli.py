@@ -308,7 +308,7 @@ def bench(argv: Sequence[str]) -> int:
         rows.append(row)
         print(json.dumps({"bench": argv[0]} | row), flush=True)
     print(bench.table(rows, {*vars(args), *bench.about(args)} - {"layers"}))
-    if args.profile:
+    if args.profile and isinstance(found, dict):  # those of several rows are not traced
         print(f"the trace lies under {args.profile}/plugins/profile: .trace.json.gz for ui.perfetto.dev, .xplane.pb for XProf in TensorBoard")
     return 0
 
