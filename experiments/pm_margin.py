@@ -26,7 +26,7 @@ class MarginLoss:
 
 def margin_objective(model, cfg):
     def loss(params, batch, key):
-        chosen, rejected, _ = pair_scores(model, params, batch)
+        chosen, rejected = pair_scores(model, params, batch)
         total = weighted_mean(preference_loss(chosen - cfg.margin, rejected), batch.weight)
         return total, preference_metrics(chosen, rejected, batch.weight)
 

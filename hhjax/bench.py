@@ -28,7 +28,7 @@ from hhjax.model.sizes import matmul_params, model_config
 from hhjax.model.transformer import ModelConfig, RunConfig, make_model
 from hhjax.objectives.lm import lm_objective
 from hhjax.objectives.preference import end_scores, preference_objective
-from hhjax.roofline import attention_ceiling, copy_ceiling, forward_flops, lm_step_flops, logits_flops, matmul_ceiling, pm_step_flops
+from hhjax.roofline import attention_ceiling, copy_ceiling, forward_flops, lm_step_flops, logits_flops, matmul_ceiling, pm_step_flops, read_on
 from hhjax.sharding import batch_ways, make_mesh, put_batch
 from hhjax.stages import PPO
 from hhjax.train.state import OptimConfig, init_state, make_optimizer
@@ -201,8 +201,9 @@ def pm(cfg: PMBench) -> dict:
     source = layout(draw_comparisons(cfg, cfg.batch * (steps + 8)), Numbers(), seq_len, cfg.batch)
     batches = [source.batch(0, step) for step in range(steps)]
     rows = lambda batch: batch.tokens.shape if cfg.packed else (2 * cfg.batch, batch.chosen.tokens.shape[1])  # noqa: E731
+    read = read_on(model.config, cfg.run(), jax.default_backend(), 2 * batches[0].weight.shape[1] if cfg.packed else 1)
     real = lambda b: (b.pair >= 0).sum() if isinstance(b, PackedPairs) else b.chosen.length.sum() + b.rejected.length.sum()  # noqa: E731
-    row = time_step(cfg, model, preference_objective(model), iter(batches), lambda batch: pm_step_flops(model.config, *rows(batch)))
+    row = time_step(cfg, model, preference_objective(model), iter(batches), lambda batch: pm_step_flops(model.config, *rows(batch), read=read))
     useful = sum(map(real, batches)) / sum(np.prod(rows(batch)) for batch in batches)
     return row | {"pairs_per_s": round(cfg.batch / row["mean_s"], 2), "best_pairs_per_s": round(cfg.batch / row["best_s"], 2),
                   "useful_share": round(float(useful), 3)} | about(cfg)  # fmt: skip
@@ -306,7 +307,7 @@ def score(cfg: Bench) -> dict:
     compiled = jax.jit(lambda params, rows: end_scores(model, params, rows)).lower(params, rows).compile()
     compile_s = time.perf_counter() - began
     timed = time_calls(lambda i: compiled(params, rows), cfg)
-    work = forward_flops(model.config, cfg.batch, width)
+    work = forward_flops(model.config, cfg.batch, width, read_on(model.config, cfg.run(), jax.default_backend(), 1))
     return spread(timed) | {"rows_per_s": round(cfg.batch / median(timed), 1),
             "share_of_ceiling": round(work / median(timed) / cfg.ceiling(), 3), "compile_s": round(compile_s, 2)} | about(cfg)  # fmt: skip
 
@@ -385,16 +386,16 @@ def ppo(cfg: PPOBench) -> dict:
     whole = [r["iteration"] for r in timed]
     phases_s = {f"{name}_s": round(median(r[name] for r in timed), 4) for name in ("generate", "score", "train")}
     devices = 1 if jax.default_backend() == "cpu" else mesh.size  # simulated ones share one machine
-    work, rate = phase_flops(stage, dict.fromkeys(models, shape), scored, learnt), cfg.ceiling()
+    work, rate = phase_flops(stage, dict.fromkeys(models, shape), jax.default_backend(), scored, learnt), cfg.ceiling()
     slots = slots_of(stage.sampling, cfg.batch, batch_ways(mesh))
     steps = (cfg.response - 1) * cfg.batch / slots  # no reply stops
-    prefill = forward_flops(shape, cfg.batch, cfg.prompt) + logits_flops(shape, cfg.batch)
+    prefill = forward_flops(shape, cfg.batch, cfg.prompt, 1) + logits_flops(shape, cfg.batch)
     floor = (work["score"] + work["update"] + prefill) / rate / devices + steps * decode_floor(cfg, slots, devices, copy_ceiling(), rate)
     return spread(whole) | {
         **phases_s,
         "samples_per_s": round(cfg.batch / median(whole), 2), "best_samples_per_s": round(cfg.batch / min(whole), 2),
         "train_share_of_ceiling": round(work["update"] / phases_s["train_s"] / rate / devices, 3), "times_floor": round(median(whole) / floor, 2), "first_step_s": round(first, 2),
-        "useful_share": round(float(replied.length.sum() / np.prod(scored)), 3),
+        "useful_share": round(float(replied.length.sum() / scored.rows / scored.width), 3),
     } | about(cfg)  # fmt: skip
 
 

@@ -62,7 +62,7 @@ def describe_training(stage: Training, cfg: ModelConfig) -> Iterator[str]:
     for (path, leaf), sharding in zip(jax.tree_util.tree_leaves_with_path(shapes), jax.tree.leaves(shardings.params)):
         name = "/".join(str(k.key) for k in path)
         yield f"  {name:<24}{str(leaf.shape):<24}{str(leaf.dtype):<10}{sharding.spec}"
-    (rows, width), flops = update_work(stage, cfg, batch_ways(mesh))
+    (rows, width), flops = update_work(stage, cfg, batch_ways(mesh), mesh.devices.flat[0].platform)
     what = f"{rows} rows of {'at most ' if rows == stage.batch_size else ''}{width} tokens"
     if isinstance(stage, PM):
         what = f"{stage.batch_size} pairs in {rows} rows of {width} tokens{', if they are as long as those of HH' if stage.packed else ''}"
@@ -77,13 +77,14 @@ def describe_training(stage: Training, cfg: ModelConfig) -> Iterator[str]:
     yield f"compiled  {memory.temp_size_in_bytes / 2**20:,.1f} MiB of temporaries a device, besides the state"
 
 
-def update_work(stage: Training, cfg: ModelConfig, ways: int) -> tuple[tuple[int, int], float]:
+def update_work(stage: Training, cfg: ModelConfig, ways: int, platform: str) -> tuple[tuple[int, int], float]:
     """(rows, width) of an update's batch, the widest that there is, and its model FLOPs. ways: how many shards the batch has."""
     rows, width = batch_shape(stage, ways)
     if not isinstance(stage, PM):
         return (rows, width), roofline.lm_step_flops(cfg, rows, width)
     logits = (rows if stage.packed else stage.batch_size) if getattr(stage.loss, "lm_coef", 0.0) else 0
-    return (rows, width), roofline.pm_step_flops(cfg, rows, width, logits)
+    ends = 2 * batch_shapes(stage, ways).weight.shape[1] if stage.packed else 1
+    return (rows, width), roofline.pm_step_flops(cfg, rows, width, logits, roofline.read_on(cfg, stage.run, platform, ends))
 
 
 def describe_ppo(stage: PPO, configs: dict[str, ModelConfig]) -> Iterator[str]:
@@ -104,7 +105,7 @@ def describe_ppo(stage: PPO, configs: dict[str, ModelConfig]) -> Iterator[str]:
         yield f"  {role:<24}{cfg.layers} layers, width {cfg.width}, {total:,} parameters, {kind}"
     width, new = stage.prompt_len + stage.sampling.max_new_tokens, stage.sampling.max_new_tokens
     yield f"batch     {stage.batch_size} prompts of {stage.prompt_len} tokens and {new} new ones: {stage.batch_size * width:,} positions"
-    updates, flops = stage.epochs * stage.minibatches, iteration_flops(stage, models)
+    updates, flops = stage.epochs * stage.minibatches, iteration_flops(stage, models, mesh.devices.flat[0].platform)
     yield f"length    {stage.steps:,} iterations of {updates} updates; {flops:.3g} FLOPs an iteration, {flops * stage.steps:.3g} in all"
     cache = 2 * models["policy"].config.layers * stage.batch_size * configs["policy"].kv_heads * width * configs["policy"].head_dim * 4
     yield f"state     {bytes_per_device(state, shardings) / 2**20:,.1f} MiB a device (f32 weights and two moments of what is trained)"

@@ -34,6 +34,7 @@ from hhjax.stages import PPO, Training, split_step
 # best published ones are at 0.44 to 0.71 on TPUs (MaxText on v5e, v5p, v6e) and 0.50 on H100s.
 ATTAINABLE = {"compute": 0.8, "HBM": 0.8, "interconnect": 0.8}
 PHASES = ("sample", "score", "update")
+PLATFORM = "tpu"  # of models that are planned for, which are run alike on GPUs
 
 
 @dataclass(frozen=True)
@@ -172,10 +173,10 @@ def estimate(step: Step, topology: Topology, limit_s: float = 1800.0) -> Estimat
 def work_of(step: Step, ways: int) -> tuple[int, float]:
     """Token positions of a step, and its model FLOPs at full length. ways: how many shards a batch has."""
     if step.phase == "update" and isinstance(step.stage, Training):
-        (rows, width), flops = update_work(step.stage, step.configs["model"], ways)
+        (rows, width), flops = update_work(step.stage, step.configs["model"], ways, PLATFORM)
         return rows * width, flops
     width = step.stage.prompt_len + step.stage.sampling.max_new_tokens
-    return step.stage.batch_size * width, phase_flops(step.stage, step.configs)[step.phase]
+    return step.stage.batch_size * width, phase_flops(step.stage, step.configs, PLATFORM)[step.phase]
 
 
 def read(step: Step, topology: Topology, found: Compiled, positions: int, work: float) -> Estimate:
@@ -276,7 +277,7 @@ def candidates(step: Step, topology: Topology) -> Iterator[Step]:
 
 
 def planned_remat(stage: Training | PPO) -> str:
-    return remat_on(stage.run, "tpu")  # as on a GPU
+    return remat_on(stage.run, PLATFORM)
 
 
 # Text -----------------------------------------------------------------------------------------------------------------

@@ -8,14 +8,25 @@ import jax
 import jax.numpy as jnp
 
 from hhjax.model.sizes import matmul_params
-from hhjax.model.transformer import ModelConfig
+from hhjax.model.transformer import ModelConfig, RunConfig, reads_apart
 
 
-def forward_flops(cfg: ModelConfig, rows: int, width: int) -> float:
+def forward_flops(cfg: ModelConfig, rows: int, width: int, read: int | None = None) -> float:
     """FLOPs of the blocks on rows x width tokens: 2N a token for matrix products and, averaged over a causal
-    row, 2 x layers x (heads x head_dim) x width for attention. Logits apart; padding counts, since it is computed."""
-    per_token = 2 * matmul_params(cfg) + 2 * cfg.layers * cfg.heads * cfg.head_dim * width
-    return float(rows * width * per_token)
+    row, 2 x layers x (heads x head_dim) x width for attention. Logits apart; padding counts, since it is computed.
+
+    read: tokens of a row whose last hidden states are asked; of the others the last layer makes keys and values alone. None: all.
+    """
+    attention = 2 * cfg.heads * cfg.head_dim * width
+    per_token = 2 * matmul_params(cfg) + cfg.layers * attention
+    unread = 0 if read is None else max(width - read, 0)
+    beside_keys = 2 * (matmul_params(cfg) / cfg.layers - 2 * cfg.width * cfg.kv_heads * cfg.head_dim) + attention
+    return float(rows * (width * per_token - unread * beside_keys))
+
+
+def read_on(cfg: ModelConfig, run: RunConfig, platform: str, read: int) -> int | None:
+    """`read` for `forward_flops`, where such a model computes its last layer so without a cache; else None."""
+    return read if reads_apart(cfg.layers, run, platform) else None
 
 
 def logits_flops(cfg: ModelConfig, tokens: int) -> float:
@@ -28,10 +39,10 @@ def lm_step_flops(cfg: ModelConfig, rows: int, width: int) -> float:
     return 3 * (forward_flops(cfg, rows, width) + logits_flops(cfg, rows * width))
 
 
-def pm_step_flops(cfg: ModelConfig, rows: int, width: int, logits_rows: int = 0) -> float:
+def pm_step_flops(cfg: ModelConfig, rows: int, width: int, logits_rows: int = 0, read: int | None = None) -> float:
     """Model FLOPs of a preference update. rows: all of them, of chosen and of rejected replies, or packed ones; logits_rows: those that a
-    language-model term pays for."""
-    return 3 * (forward_flops(cfg, rows, width) + logits_flops(cfg, logits_rows * width))
+    language-model term pays for, which reads all tokens; read: see `forward_flops`."""
+    return 3 * (forward_flops(cfg, rows, width, None if logits_rows else read) + logits_flops(cfg, logits_rows * width))
 
 
 def matmul_ceiling(dtype: str = "float32", size: int = 2048, repeats: int = 5) -> float:

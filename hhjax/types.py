@@ -61,8 +61,10 @@ class PackedReplies(NamedTuple):
 
     tokens, positions, pair, branch: [N, T] int32 as in PackedPairs: `pair` is which of its row's prompts a token belongs to, `branch`
     which of that prompt's replies, 0 the prompt itself.
-    reply: [B, R] int32, each reply as it was sampled, <pad> past its end; reply_len: [B] int32. before: [B, R] int32, where the hidden
-    state is that predicts each of its tokens; end: [B] int32, where its <eoc> is. Places count through the rows of the reply's own
+    read: [N, M] int32, the places in each row whose hidden states predict a reply's tokens; ends: [N, K] int32, those of the <eoc>; 0 past
+    the last.
+    reply: [B, R] int32, each reply as it was sampled, <pad> past its end; reply_len: [B] int32. before: [B, R] int32, which of the places that
+    are read predicts each of its tokens; end: [B] int32, which of the ends is its own. Both count through the rows of the reply's own
     shard, the first N / shards of them, or the next.
     """
 
@@ -70,6 +72,8 @@ class PackedReplies(NamedTuple):
     positions: Array
     pair: Array
     branch: Array
+    read: Array
+    ends: Array
     reply: Array
     reply_len: Array
     before: Array
@@ -80,8 +84,8 @@ class Model(NamedTuple):
     """A decoder as a record of pure functions; nobody outside `model/` sees flax.
 
     init(key) -> params
-    apply(params, tokens [B, T], positions [B, T] | None, mask [B, S] | [B, T, S] | None, cache | None, slot | None)
-        -> (hidden [B, T, D], cache | None); without a slot the cache is taken as empty
+    apply(params, tokens [B, T], positions [B, T] | None, mask [B, S] | [B, T, S] | None, cache | None, slot | None, read [B, R] | None)
+        -> (hidden [B, T, D], or [B, R, D] of the tokens that are read, cache | None); without a slot the cache is taken as empty
     logits(params, hidden [..., D]) -> [..., V] f32
     score(params, hidden [..., D]) -> [...] f32, the scalar head
     axes() -> a pytree like params of logical axis names, for `sharding.py`

@@ -33,7 +33,7 @@ def test_preference_models():
     assert 0.5 < rows[False]["useful_share"] < rows[True]["useful_share"] <= 1
     full = bench.pm(bench.PMBench(**TINY | {"prompt": 48}))  # 48 + 8 + 8 tokens fill a row of 64
     assert full["useful_share"] == 1.0 and full["shapes"] == 1
-    work = pm_step_flops(bench.PMBench(**TINY).shape(), 8, 64)
+    work = pm_step_flops(bench.PMBench(**TINY).shape(), 8, 64, read=2 * 8)
     assert full["share_of_ceiling"] * CEILING * full["mean_s"] == pytest.approx(work, rel=0.02)
 
 
@@ -42,7 +42,7 @@ def test_the_others():
                               ((bench.lm, bench.Bench), (bench.sampling, bench.GenerateBench), (bench.score, bench.Bench), (bench.ppo, bench.PPOBench)))  # fmt: skip
     shape = bench.Bench(**TINY).shape()
     assert lm["share_of_ceiling"] * CEILING * lm["mean_s"] == pytest.approx(lm_step_flops(shape, 8, 20), rel=0.02)
-    assert scored["share_of_ceiling"] * CEILING * scored["median_s"] == pytest.approx(forward_flops(shape, 8, 20), rel=0.02)
+    assert scored["share_of_ceiling"] * CEILING * scored["median_s"] == pytest.approx(forward_flops(shape, 8, 20, read=1), rel=0.02)
     assert drawn["prefill_s"] > 0 and ppo["first_step_s"] > ppo["median_s"] > ppo["train_s"]
     assert all(row["memory_gib"] > 0 and row["batch"] == 8 for row in (lm, drawn, scored, ppo))
 

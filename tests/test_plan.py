@@ -7,7 +7,7 @@ import pytest
 
 from hhjax import lowering, plan, roofline
 from hhjax.data.comparisons import ComparisonData, load_comparisons
-from hhjax.data.packing import PackedSource
+from hhjax.data.packing import MOST, PackedSource
 from hhjax.data.sources import TextData
 from hhjax.data.tokenizer import load_tokenizer
 from hhjax.experiment import Experiment, Run
@@ -124,8 +124,10 @@ def test_packed_pairs_are_planned_as_those_of_hh_were_laid_out(seq_len, width, r
     assert [lowering.batch_shape(stage, ways) for ways in (1, 8, 32)] == [(n, width) for n in rows]
     cut = replace(stage, micro_batches=4)
     assert lowering.batch_shape(cut, 8) == (32, width)
-    (shape, flops), cfg = plan.update_work(stage, model_config("0.1M", 320), 8), model_config("0.1M", 320)
-    assert flops == roofline.pm_step_flops(cfg, *shape)
+    cfg = model_config("0.1M", 320)
+    for platform, read in (("cpu", 2 * MOST), ("tpu", None)):
+        shape, flops = plan.update_work(stage, cfg, 8, platform)
+        assert flops == roofline.pm_step_flops(cfg, *shape, read=read)
 
 
 def test_the_packed_layout_is_what_is_compiled(tiny_data, tiny_tokenizer):

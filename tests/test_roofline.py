@@ -39,6 +39,22 @@ def test_a_forward_costs_what_xla_counts(cfg):
     assert both - hidden == pytest.approx(roofline.logits_flops(cfg, ROWS * WIDTH), rel=1e-3)
 
 
+@pytest.mark.parametrize("cfg", [GPT, LLAMA], ids=["gpt", "llama"])
+def test_of_what_is_not_read_the_last_layer_makes_keys_and_values_alone(cfg):
+    """Where layers are unrolled; what it saves is what XLA counts less."""
+    model, loop = make_model(cfg), make_model(cfg, run=RunConfig(unroll=1))
+    params, rows = shapes(model)
+    whole = xla_flops(lambda p, b: model.apply(p, b.tokens)[0], params, rows)
+    one = xla_flops(lambda p, b: model.apply(p, b.tokens, read=b.length[:, None])[0], params, rows)
+    counted = roofline.forward_flops(cfg, ROWS, WIDTH) - roofline.forward_flops(cfg, ROWS, WIDTH, 1)
+    assert whole - one == pytest.approx(counted, rel=0.06) and counted > 0.5 * roofline.forward_flops(cfg, ROWS, WIDTH) / cfg.layers
+    assert roofline.forward_flops(cfg, ROWS, WIDTH, WIDTH) == roofline.forward_flops(cfg, ROWS, WIDTH)
+    read = [roofline.read_on(cfg, run, platform, 1) for run, platform in ((RunConfig(), "cpu"), (RunConfig(unroll=1), "cpu"), (RunConfig(), "gpu"))]
+    assert read == [1, None, None]
+    counts = [xla_flops(lambda p, b: loop.apply(p, b.tokens, read=read)[0], params, rows) for read in (None, jnp.zeros((ROWS, 1), int))]  # noqa: B023
+    assert counts[0] == pytest.approx(counts[1], rel=0.01)
+
+
 @pytest.mark.parametrize("barrier, more", [("off", 1.0), ("on", 0.25)])
 def test_attention_is_counted_over_a_causal_row(barrier, more):
     """The plain program computes every position against every other, twice what counts; in four parts ten sixteenths of that."""
@@ -60,9 +76,9 @@ def test_steps_cost_three_forwards():
     lm = step(lm_objective(model, LMLoss(chunk=0)), rows)
     assert 1.0 < lm / roofline.lm_step_flops(GPT, ROWS, WIDTH) < 1.06
     pm = step(preference_objective(model), pairs)
-    assert 1.0 < pm / roofline.pm_step_flops(GPT, 2 * ROWS, WIDTH) < 1.06
+    assert 1.0 < pm / roofline.pm_step_flops(GPT, 2 * ROWS, WIDTH, read=1) < 1.06
     aux = step(preference_objective(model, PreferenceLoss(lm_coef=0.5, lm_chunk=0)), pairs)
-    assert 1.0 < aux / roofline.pm_step_flops(GPT, 2 * ROWS, WIDTH, ROWS) < 1.06
+    assert 1.0 < aux / roofline.pm_step_flops(GPT, 2 * ROWS, WIDTH, ROWS, read=1) < 1.06
 
 
 def test_ceilings_are_measured():

@@ -10,7 +10,7 @@ from hhjax.data.stream import Host, PairSource
 from hhjax.data.tokenizer import Tokenizer
 from hhjax.types import PackedPairs, PackedReplies, Tokens, Vocabulary
 
-MOST = 16  # pairs a row
+MOST = 16  # pairs a row, or replies
 STEP = 64  # tokens that a row's width is a multiple of
 
 
@@ -33,10 +33,10 @@ class PackedSource(PairSource):
         hosts = 1 if width_of is None else len(width_of) // len(rows)
         shares = np.split(rows if width_of is None else width_of, hosts)
         step = self.multiple // hosts
-        count = -(-max(len(first_fit(self.tokens_of[share], self.width, MOST)) for share in shares) // step) * step
+        count = -(-max(len(first_fit(pair_sizes(self.tokens_of[share]), (self.width, MOST))) for share in shares) // step) * step
         shape, most = (count, self.width), min(MOST, len(rows))
         ends, weight = np.zeros((count, most, 2), np.int32), np.zeros((count, most), np.float32)
-        bins = first_fit(self.tokens_of[rows], self.width, MOST)
+        bins = first_fit(pair_sizes(self.tokens_of[rows]), (self.width, MOST))
         laid, places = lay([[(self._prompts[i], self._replies[i]) for i in rows[members]] for members in bins], *shape, self.pad_id)
         for (r, n, _, spans), row in zip(places, rows[np.concatenate(bins)]):
             ends[r, n] = [stop - 1 for _, stop in spans]
@@ -99,21 +99,31 @@ class ReplyPacker(NamedTuple):
         """This host's share, of numpy arrays. rows, stopped: of all samples, [B, T] and [B].
 
         batches: [K, b] numbers of the samples of each batch, runs of b / ways to a shard; the arrays then begin with an axis of K.
-        None: one batch of all, without that axis. All have equally many rows, a number that goes by sixteenths, so that few programs are
-        compiled.
+        None: one batch of all, without that axis. All have equally many rows, a number that goes by sixteenths; in each half of the places
+        are read, or all, where that would take more rows. So few programs are compiled.
         """
         every = np.arange(len(rows.length))[None] if batches is None else batches
         if every.shape[1] % (self.ways * self.copies):
             raise ValueError(f"{every.shape[1]} replies in runs of {self.copies} do not divide into {self.ways} shards; use a multiple of both")
         shards = every.reshape(len(every), self.ways, -1)
         items = [[[item for run in runs(shard, self.copies) for item in self._items(rows, stopped, run)] for shard in batch] for batch in shards]
-        sizes = [[[len(prompt) + sum(map(len, replies)) for _, prompt, replies in of] for of in batch] for batch in items]
-        bins = [[first_fit(of, self.width, len(of)) for of in batch] for batch in sizes]
+        length = rows.length - rows.prompt_len
+        size = lambda run, prompt, replies: (len(prompt) + sum(map(len, replies)), int(length[run].sum()), len(run))  # noqa: E731
+        sizes = [[[size(*item) for item in of] for of in batch] for batch in items]
         step = -(-shards.shape[2] // 32)  # a sixteenth of the most rows that there can be, two replies in each
-        count = -(-max(len(of) for batch in bins for of in batch) // step) * step
+
+        def filled(read: int):
+            """Bins in which no row is read in more places, and how many rows they are."""
+            bins = [[first_fit(of, (self.width, read, MOST)) for of in batch] for batch in sizes]
+            return bins, -(-max(len(of) for batch in bins for of in batch) // step) * step
+
+        (bins, count), read = filled(self.width), self.width
+        half = self.width // 2
+        if all(size[1] <= half for batch in sizes for of in batch for size in of) and (tried := filled(half))[1] == count:
+            bins, read = tried[0], half
         mine = np.split(np.arange(self.ways), self.host.count)[self.host.index]
         join = lambda parts: PackedReplies(*map(np.concatenate, zip(*parts)))  # noqa: E731
-        laid = [join([self._shard(rows, shards[k, w], items[k][w], bins[k][w], count) for w in mine]) for k in range(len(every))]
+        laid = [join([self._shard(rows, shards[k, w], items[k][w], bins[k][w], count, read) for w in mine]) for k in range(len(every))]
         return laid[0] if batches is None else PackedReplies(*map(np.stack, zip(*laid)))
 
     def _items(self, rows: Tokens, stopped, run):
@@ -123,25 +133,33 @@ class ReplyPacker(NamedTuple):
         replies = [np.append(rows.tokens[i, len(prompt) : rows.length[i]], end).astype(np.int32) for i, end in zip(run, closing)]
         start, used = 0, len(prompt)
         for at, reply in enumerate(replies):
-            if used + len(reply) > self.width:
+            if used + len(reply) > self.width or at - start == MOST:
                 yield run[start:at], prompt, replies[start:at]
                 start, used = at, len(prompt)
             used += len(reply)
         yield run[start:], prompt, replies[start:]
 
-    def _shard(self, rows: Tokens, shard, items, bins, count: int) -> PackedReplies:
-        size, ids = len(shard), np.arange(self.new)
-        reply, before, end = np.full((size, self.new), self.vocab.pad, np.int32), np.zeros((size, self.new), np.int32), np.zeros(size, np.int32)
+    def _shard(self, rows: Tokens, shard, items, bins, count: int, most: int) -> PackedReplies:
         length = (rows.length - rows.prompt_len)[shard].astype(np.int32)
+        size, ids, read, ends = len(shard), np.arange(self.new), np.zeros((count, most), np.int32), np.zeros((count, MOST), np.int32)
+        reply, before, end = np.full((size, self.new), self.vocab.pad, np.int32), np.zeros((size, self.new), np.int32), np.zeros(size, np.int32)
         place = {sample: k for k, sample in enumerate(shard)}
         laid, places = lay([[items[i][1:] for i in members] for members in bins], count, self.width, self.vocab.pad)
+        reads, replies = np.zeros(count, int), np.zeros(count, int)  # so far in each row
         for (r, _, prompt_end, spans), i in zip(places, np.concatenate(bins)):
             for (start, stop), sample in zip(spans, items[i][0]):
-                k = place[sample]
+                k, at, n = place[sample], reads[r], replies[r]
                 reply[k, : length[k]] = rows.tokens[sample, rows.prompt_len[sample] : rows.length[sample]]
-                before[k] = r * self.width + np.where(ids == 0, prompt_end - 1, np.minimum(start + ids, stop) - 1)
-                end[k] = r * self.width + stop - 1
-        return PackedReplies(*laid, reply, length, before, end)
+                read[r, at : at + length[k]] = np.where(ids == 0, prompt_end - 1, start + ids - 1)[: length[k]]
+                before[k] = r * most + at + np.minimum(ids, max(length[k] - 1, 0))
+                ends[r, n], end[k] = stop - 1, r * MOST + n
+                reads[r], replies[r] = at + length[k], n + 1
+        return PackedReplies(*laid, read, ends, reply, length, before, end)
+
+
+def pair_sizes(tokens: np.ndarray) -> np.ndarray:
+    """What `first_fit` is told of pairs: the tokens of each, and that it is one."""
+    return np.stack([tokens, np.ones_like(tokens)], 1)
 
 
 def runs(numbers: np.ndarray, size: int) -> list[np.ndarray]:
@@ -149,19 +167,18 @@ def runs(numbers: np.ndarray, size: int) -> list[np.ndarray]:
     return np.split(numbers, range(size, len(numbers), size))
 
 
-def first_fit(lengths: Sequence[int], capacity: int, most: int) -> list[list[int]]:
-    """The numbers of the items in each bin: longest first, each into the first bin with room, at most `most` in one.
+def first_fit(sizes: Sequence[Sequence[int]], capacity: Sequence[int]) -> list[list[int]]:
+    """The numbers of the items in each bin. sizes: of each item, of one kind or several, [n, kinds]; capacity: what a bin holds of each kind.
 
-    Where `most` is never reached, at most 11/9 of the fewest possible bins and one more (first-fit decreasing, Johnson 1973). No length
-    may be above capacity.
+    Those with the most of the first kind come first, each into the first bin with room. Where that kind alone fills bins, at most 11/9 of the
+    fewest possible and one more (first-fit decreasing, Johnson 1973). No size may be above its capacity.
     """
-    bins, room = [], []
-    for i in np.argsort(-np.asarray(lengths), kind="stable"):
-        found = next((k for k, left in enumerate(room) if lengths[i] <= left and len(bins[k]) < most), None)
-        if found is None:
-            found = len(bins)
+    sizes = np.asarray(sizes).reshape(-1, len(capacity))
+    bins, room = [], np.tile(capacity, (len(sizes), 1))
+    for i in np.argsort(-sizes[:, 0], kind="stable"):
+        found = int(np.argmax(np.all(room[: len(bins) + 1] >= sizes[i], axis=1)))  # the last of these is a new one
+        if found == len(bins):
             bins.append([])
-            room.append(capacity)
         bins[found].append(int(i))
-        room[found] -= lengths[i]
+        room[found] -= sizes[i]
     return bins

@@ -51,7 +51,7 @@ def option_logps(model: Model, params, tok: Tokenizer, rows: Sequence[tuple[str,
 
     def score(params, batch: Tokens):
         tokens, mask = reply_tokens(batch, reach)
-        hidden = before_reply_tokens(model.apply(params, batch.tokens)[0], batch, reach)
+        hidden = before_reply_tokens(model, params, batch, reach)
         logp, _ = reply_logps(model, params, hidden, tokens, tok.vocabulary)
         return jnp.sum(jnp.where(mask, logp, 0.0), -1)
 

@@ -25,7 +25,7 @@ def score_comparisons(
     scores = np.full((len(rows), 2), np.nan, np.float32)
     left = np.arange(len(rows))
     host = Host(*batch_host(mesh))
-    score = jax.jit(lambda p, pairs: pair_scores(model, p, pairs)[:2], out_shardings=replicated(mesh))
+    score = jax.jit(lambda p, pairs: pair_scores(model, p, pairs), out_shardings=replicated(mesh))
     while len(left):
         try:
             source = PairSource([rows[i] for i in left], tokenizer, seq_len, batch_size)

@@ -22,7 +22,17 @@ from hhjax.stages import PPO
 from hhjax.train.rollout import Judges, make_actor, make_exact_kl, make_score
 from hhjax.train.state import PartsOptimizer, TrainState, make_parts_optimizer, state_shardings
 from hhjax.train.step import make_ppo_update, make_train_step
-from hhjax.types import Model, PackedReplies, Vocabulary
+from hhjax.types import Model, PackedReplies, Tokens, Vocabulary
+
+
+class Reading(NamedTuple):
+    """What models read: so many rows of so many tokens; of each, the tokens whose last hidden states policy and value are asked, and the ends that
+    preference models are."""
+
+    rows: int
+    width: int
+    read: int
+    ends: int
 
 
 class Phases(NamedTuple):
@@ -66,7 +76,7 @@ def advance(phases: Phases, state: TrainState, frozen: dict, prompts, key, rng, 
             poll: Callable[[], None] = lambda: None, read: Callable = lambda rows, report: None):  # fmt: skip
     """One iteration on the devices: (new state, fetched rows, shapes, decode steps, metrics, what was read), each phase waited for and timed.
 
-    shapes: rows and width of what was scored, and of what all updates learnt from. poll() is called between the phases. rng: shuffles
+    shapes: a `Reading` of what was scored, and of what all updates learnt from. poll() is called between the phases. rng: shuffles
     the minibatches. read(rows, report): the host's own look at the replies and their scores, while the devices learn from them.
     """
     with seconds.phase("generate"):
@@ -85,10 +95,9 @@ def advance(phases: Phases, state: TrainState, frozen: dict, prompts, key, rng, 
         with seconds.phase("read"):
             said = read(rows, report)
         state, metrics = jax.block_until_ready(learning)
-    count, width = laid.tokens.shape
-    passes = 1 if order is None else order.size // len(rows.length)
-    learnt = (count * passes, width) if own is None else (math.prod(own.tokens.shape[:2]), own.tokens.shape[2])
-    return state, rows, ((count, width), learnt), steps, metrics, said
+    first, passes = reading(laid, rollout.mask.shape[1]), 1 if order is None else order.size // len(rows.length)
+    learnt = first._replace(rows=passes * first.rows) if own is None else reading(own, rollout.mask.shape[1])
+    return state, rows, (first, learnt), steps, metrics, said
 
 
 def make_phases(stage: PPO, models: dict, vocab: Vocabulary, mesh, rollout_mesh, shardings: TrainState) -> Phases:
@@ -205,24 +214,34 @@ def minibatches(stage: PPO, packer: ReplyPacker, rows, stopped, rng) -> tuple[np
 # Work ------------------------------------------------------------------------------------------------------------------
 
 
-def iteration_flops(stage: PPO, models: dict, scored: tuple[int, int] | None = None, learnt: tuple[int, int] | None = None) -> float:
+def reading(rows: Tokens | PackedReplies, new: int) -> Reading:
+    """Of a batch, or of several along a first axis. new: the most tokens of a reply."""
+    count, width = math.prod(rows.tokens.shape[:-1]), rows.tokens.shape[-1]
+    packed = isinstance(rows, PackedReplies)
+    return Reading(count, width, *((rows.read.shape[-1], rows.ends.shape[-1]) if packed else (new, 1)))
+
+
+def iteration_flops(stage: PPO, models: dict, platform: str, scored: Reading | None = None, learnt: Reading | None = None) -> float:
     """Model FLOPs of an iteration, see `phase_flops`."""
-    return sum(phase_flops(stage, {name: model.config for name, model in models.items()}, scored, learnt).values())
+    return sum(phase_flops(stage, {name: model.config for name, model in models.items()}, platform, scored, learnt).values())
 
 
-def phase_flops(stage: PPO, configs: dict, scored: tuple[int, int] | None = None, learnt: tuple[int, int] | None = None) -> dict[str, float]:
-    """Model FLOPs of an iteration's phases: "sample", the policy, at full length; "score", one forward of every judge and the value
-    network; "update", three of policy and value an epoch. configs: ModelConfig by role. scored, learnt: rows and width that are read
-    there, the latter in all epochs; by default a full row a reply."""
+def phase_flops(stage: PPO, configs: dict, platform: str, scored: Reading | None = None, learnt: Reading | None = None) -> dict[str, float]:
+    """Model FLOPs of an iteration's phases on such devices: "sample", the policy, at full length; "score", one forward of every judge and the
+    value network; "update", three of policy and value an epoch. configs: ModelConfig by role. scored, learnt: what is read there, the
+    latter in all epochs; by default a full row a reply."""
     new = stage.sampling.max_new_tokens
-    full = stage.batch_size, stage.prompt_len + new
-    forward = {name: roofline.forward_flops(cfg, *(scored or full)) for name, cfg in configs.items()}
-    sampled = roofline.forward_flops(configs["policy"], *full)
+    full = Reading(stage.batch_size, stage.prompt_len + new, new, 1)
+
+    def forward(role: str, rows: Reading) -> float:
+        cfg, read = configs[role], rows.read if role in ("policy", "kl_to", "value") else rows.ends
+        return roofline.forward_flops(cfg, rows.rows, rows.width, roofline.read_on(cfg, stage.run, platform, read))
+
+    sampled = roofline.forward_flops(configs["policy"], full.rows, full.width, new)
     logits = {name: roofline.logits_flops(configs[name], stage.batch_size * new) for name in ("policy", "kl_to")}
-    updated = learnt or (stage.epochs * full[0], full[1])
-    learners = [configs[name] for name in ("policy", "value") if name in configs]
-    trained = stage.epochs * logits["policy"] + sum(roofline.forward_flops(config, *updated) for config in learners)
-    judged = sum(flops for name, flops in forward.items() if name != "policy") + logits["kl_to"]
+    updated = learnt or full._replace(rows=stage.epochs * full.rows)
+    trained = stage.epochs * logits["policy"] + sum(forward(role, updated) for role in ("policy", "value") if role in configs)
+    judged = sum(forward(role, scored or full) for role in configs if role != "policy") + logits["kl_to"]
     return {"sample": sampled + logits["policy"], "score": judged, "update": 3 * trained}
 
 

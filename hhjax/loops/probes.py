@@ -138,8 +138,7 @@ def activations(model, params, tok, prompts: list[str], stage: Detect, mesh, pol
     index, count = batch_host(mesh)
 
     def read(params, batch):
-        hidden = model.apply(params, batch.tokens)[0]
-        return jax.numpy.take_along_axis(hidden, (batch.length - 1)[:, None, None], axis=1)[:, 0]
+        return model.apply(params, batch.tokens, read=batch.length[:, None] - 1)[0][:, 0]
 
     read = jax.jit(read, out_shardings=replicated(mesh))
     parts = []

@@ -3,7 +3,6 @@ of (seed, iteration), so a killed run begins its unfinished iteration anew and g
 
 import contextlib
 import json
-import math
 import time
 from typing import NamedTuple, NoReturn
 
@@ -160,7 +159,8 @@ def iterate(setup: Setup, phases: Phases, state: TrainState, offsets: dict, beta
     rates |= {"generate_tokens_per_s": new / seconds.generate, "score_tokens_per_s": tokens / seconds.score,
               "train_tokens_per_s": stage.epochs * tokens / seconds.train,
               "samples_per_s": stage.batch_size / (time.perf_counter() - began), "memory_gib": memory_gib()}  # fmt: skip
-    return state, row | {"beta": beta} | rates, (tokens, math.prod(shapes[0]), iteration_flops(stage, setup.models, *shapes)), shapes
+    flops = iteration_flops(stage, setup.models, jax.default_backend(), *shapes)
+    return state, row | {"beta": beta} | rates, (tokens, shapes[0].rows * shapes[0].width, flops), shapes
 
 
 def report_row(report: dict, rows) -> dict:

@@ -270,8 +270,9 @@ def batch_work(stage: Training, config: ModelConfig, batch: Batch, hosts: int = 
     if isinstance(batch, Tokens):
         return rows * width, roofline.lm_step_flops(config, rows, width)
     logits_rows = rows if getattr(stage.loss, "lm_coef", 0.0) else 0
-    rows *= 2 if isinstance(batch, Pairs) else 1
-    return rows * width, roofline.pm_step_flops(config, rows, width, logits_rows)
+    rows, ends = (2 * rows, 1) if isinstance(batch, Pairs) else (rows, 2 * batch.weight.shape[1])
+    read = roofline.read_on(config, stage.run, jax.default_backend(), ends)
+    return rows * width, roofline.pm_step_flops(config, rows, width, logits_rows, read)
 
 
 # Evaluation, watchdog -------------------------------------------------------------------------------------------------

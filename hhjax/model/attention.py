@@ -28,8 +28,8 @@ def attend(q, k, v, bias):
 
 @jax.custom_vjp
 def attend_in_parts(q, k, v, bias):
-    """`attend` where no token sees a later one of its row (S = T), whose gradient stops at the bias. A query that may see
-    nothing is given the mean of the values up to the end of its part, and not of all.
+    """`attend` where no token sees a later one of its row, whose gradient stops at the bias. Queries are all of a row (T = S), or some of it,
+    which then are not in parts. A query that may see nothing is given the mean of the values up to the end of its part, and not of all.
 
     Queries go in a few parts, each against the keys up to its own end: with four parts three eighths of the products are never made. The gradient's
     products transpose the narrow operand, never the weights, as in transformer.product.
@@ -37,18 +37,20 @@ def attend_in_parts(q, k, v, bias):
     return _parts_forward(q, k, v, bias)[0]
 
 
-def parts(length: int) -> list[slice]:
-    """Where a row of queries is cut: not below 64 tokens, in parts of at least 128 above 256, in four at most."""
-    count = min(max(length // 128, 2), 4) if length >= 64 else 1
-    size = -(-length // count)
-    return [slice(start, min(start + size, length)) for start in range(0, length, size)]
+def parts(queries: int, keys: int) -> list[tuple[slice, int]]:
+    """Where a row of queries is cut, and the end of the keys that each part may see: not below 64 tokens, in parts of at least 128 above 256, in
+    four at most; some queries of a row may stand anywhere and are one part."""
+    count = min(max(queries // 128, 2), 4) if queries == keys >= 64 else 1
+    size = -(-queries // count)
+    cuts = [slice(start, min(start + size, queries)) for start in range(0, queries, size)]
+    return [(cut, cut.stop if queries == keys else keys) for cut in cuts]
 
 
 def _parts_forward(q, k, v, bias):
     q = grouped(q, k.shape[1]) * q.shape[-1] ** -0.5
     made, kept = [], []
-    for part in parts(q.shape[3]):
-        mine, end = q[:, :, :, part], part.stop
+    for part, end in parts(q.shape[3], k.shape[2]):
+        mine = q[:, :, :, part]
         # The heads of a group are rows of one product: XLA's CPU products know one batch, one row and one column axis.
         rows = mine.reshape(*k.shape[:2], -1, k.shape[-1])
         scores = jnp.einsum("bkqd,bksd->bkqs", rows, k[:, :, :end], preferred_element_type=jnp.float32)
@@ -64,8 +66,8 @@ def _parts_forward(q, k, v, bias):
 def _parts_backward(saved, g):
     kept, k, v = saved
     g, dk, dv, dq = grouped(g, k.shape[1]), 0.0, 0.0, []
-    for part, (rows, weights, total, y) in zip(parts(g.shape[3]), kept):
-        mine, end = g[:, :, :, part], part.stop
+    for (part, end), (rows, weights, total, y) in zip(parts(g.shape[3], k.shape[2]), kept):
+        mine = g[:, :, :, part]
         dy = mine.reshape(rows.shape) / total
         scores = jnp.einsum("bkqd,bksd->bkqs", dy.astype(v.dtype), v[:, :, :end], preferred_element_type=jnp.float32)
         scores = (weights * (scores - jnp.sum(dy * y, -1, keepdims=True))).astype(k.dtype)

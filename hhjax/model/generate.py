@@ -94,8 +94,8 @@ def generate(model: Model, params: Params, prompts: Tokens, row_ids, key: Key, v
         """Slots and caches of these rows of every shard, [ways, G] in order: their prompts read, their first tokens drawn."""
         shared = min(copies, row.shape[1])
         mine = jax.tree.map(lambda x: take(x, row[:, ::shared] // copies), prompts)
-        hidden, cache = model.apply(params, mine.tokens, None, None, model.init_cache(len(mine.length), p + r))
-        last = jnp.take_along_axis(hidden, (mine.length - 1)[:, None, None], axis=1)[:, 0]
+        hidden, cache = model.apply(params, mine.tokens, cache=model.init_cache(len(mine.length), p + r), read=mine.length[:, None] - 1)
+        last = hidden[:, 0]
         if shared > 1:
             last, mine, cache = jax.tree.map(lambda x: jnp.repeat(x, shared, axis=0), (last, mine, cache))
         none = jnp.zeros(row.size, jnp.int32)

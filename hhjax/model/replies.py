@@ -31,11 +31,11 @@ def joined(prompts: Tokens, reply, vocab: Vocabulary) -> Tokens:
     return Tokens(tokens, prompts.length, prompts.length + jnp.sum(reply != vocab.pad, -1))
 
 
-def hidden_states(model: Model, params: Params, rows: Tokens | PackedReplies | PackedPairs):
-    """The last hidden states of rows of any layout, [rows, T, D]."""
+def hidden_states(model: Model, params: Params, rows: Tokens | PackedReplies | PackedPairs, read=None):
+    """The last hidden states of rows of any layout, [rows, T, D]; or of the tokens at `read` [rows, R] alone, [rows, R, D]."""
     if isinstance(rows, Tokens):
-        return model.apply(params, rows.tokens)[0]
-    return model.apply(params, rows.tokens, rows.positions, packed_mask(rows))[0]
+        return model.apply(params, rows.tokens, read=read)[0]
+    return model.apply(params, rows.tokens, rows.positions, packed_mask(rows), read=read)[0]
 
 
 def packed_mask(rows: PackedPairs | PackedReplies):
@@ -56,16 +56,16 @@ def reply_tokens(rows: Tokens | PackedReplies, width: int):
     return tokens, mask
 
 
-def before_reply_tokens(hidden, rows: Tokens | PackedReplies, width: int, ways: int = 1):
-    """The hidden states that predict each reply token, [B, width, D], of those of whole rows. ways: shards of packed rows."""
+def before_reply_tokens(model: Model, params: Params, rows: Tokens | PackedReplies, width: int, ways: int = 1):
+    """The last hidden states that predict each reply token, [B, width, D]. ways: shards of packed rows."""
     if isinstance(rows, PackedReplies):
-        return picked(hidden, rows.before, ways)
+        return picked(hidden_states(model, params, rows, rows.read), rows.before, ways)
     at = rows.prompt_len[:, None] - 1 + jnp.arange(width)[None]
-    return jnp.take_along_axis(hidden, jnp.minimum(at, hidden.shape[1] - 1)[..., None], axis=1)
+    return hidden_states(model, params, rows, jnp.minimum(at, rows.tokens.shape[1] - 1))
 
 
 def picked(hidden, places, ways: int):
-    """Hidden states [N, T, D] at places [B, ...] that count through the rows of each of `ways` shards: [B, ..., D]."""
+    """Hidden states [N, M, D] by numbers [B, ...] that count through the rows of each of `ways` shards: [B, ..., D]."""
     flat, index = hidden.reshape(ways, -1, hidden.shape[-1]), places.reshape(ways, -1, 1)
     return jnp.take_along_axis(flat, index, axis=1).reshape(*places.shape, -1)
 

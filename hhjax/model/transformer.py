@@ -83,12 +83,13 @@ class Where(NamedTuple):
     """What attention must know of positions, computed once for all layers (B may be 1: the same for every row).
 
     sin, cos: [B, T, 1, rotated / 2] f32. bias: [B, T, S] f32, 0 or -1e30; None where a token
-    sees all that stand before it and attention is fused.
+    sees all that stand before it and attention is fused. read: [B, T] int32, which tokens of the row these T are; None: all, in order.
     """
 
     sin: Array
     cos: Array
     bias: Array | None
+    read: Array | None = None
 
 
 class Cache(NamedTuple):
@@ -114,6 +115,17 @@ def remat_on(run: RunConfig, platform: str) -> str:
     return run.remat if run.remat != "auto" else "none" if platform == "cpu" else "dots"
 
 
+def reads_apart(layers: int, run: RunConfig, platform: str) -> bool:
+    """Whether the last layer of a forward without a cache is computed only where it is read: where layers are unrolled. From a loop's
+    stacked weights it would be a copy."""
+    return unroll_on(layers, run, platform) == layers
+
+
+def unroll_on(layers: int, run: RunConfig, platform: str) -> int:
+    """Layers per scan step there."""
+    return min(layers, run.unroll or (8 if platform == "cpu" else 1))
+
+
 @lru_cache(maxsize=32)
 def make_model(cfg: ModelConfig, mesh=None, run: RunConfig = RunConfig()) -> Model:
     """The record of pure functions of types.Model, one and the same where it is called alike: a layer that jax has traced for the
@@ -128,7 +140,7 @@ def make_model(cfg: ModelConfig, mesh=None, run: RunConfig = RunConfig()) -> Mod
     dtype = jnp.dtype(run.dtype if run.dtype != "auto" else "float32" if platform == "cpu" else "bfloat16")
     barrier = run.barrier == "on" or (run.barrier == "auto" and platform == "cpu")
     fused = fused_attention(device, dtype, cfg.head_dim, mesh) if run.attention == "auto" else None
-    unroll = min(cfg.layers, run.unroll or (8 if platform == "cpu" else 1))
+    unroll, apart_at_all = unroll_on(cfg.layers, run, platform), reads_apart(cfg.layers, run, platform)
     policy = REMAT[remat_on(run, platform)]
     block, decoding = Block(cfg, dtype, barrier, fused), Block(cfg, dtype, barrier, fused, turned=dtype == jnp.float32)
     axes, declared = decoder_axes(cfg), block_params(cfg)
@@ -149,19 +161,21 @@ def make_model(cfg: ModelConfig, mesh=None, run: RunConfig = RunConfig()) -> Mod
         return init_decoder(cfg, Block(cfg, dtype, barrier), key)
 
     @jax.jit  # traced once for all layers and programs that give it equal shapes; XLA inlines the calls
-    def layer(x, weights, where, kv=None, slot=None):
-        x, kv = (block if slot is None else decoding).apply({"params": gather(weights, layer_axes)}, pin(x), where, kv, slot)
+    def layer(x, weights, where, kv=None, slot=None, asked=None):
+        x, kv = (block if slot is None else decoding).apply({"params": gather(weights, layer_axes)}, pin(x), where, kv, slot, asked)
         return pin(x), kv
 
-    def apply(params, tokens, positions=None, mask=None, cache=None, slot=None):
+    def apply(params, tokens, positions=None, mask=None, cache=None, slot=None, read=None):
         """tokens [B, T] -> (final normed hidden [B, T, D], cache).
 
         positions: [B, T], 0.. by default. They may begin again inside a row, with a mask [B, T, T].
         mask: [B, S] keys that exist, beyond causality; right padding needs none. Or [B, T, S] keys that each token may see,
         causality included: nothing that lies later in the row. S is T, or the cache's slots where `slot` is given.
         slot: int32, one for all rows, where in the cache the first of the tokens goes. Then `mask` says which slots each of them may see, its
-        own among them. None: the cache is empty, and they are all that is seen. Raises ValueError for a mask of another S, or of none; for a
-        slot of no cache, and for `unrolled` params without a cache.
+        own among them. None: the cache is empty, and they are all that is seen.
+        read: [B, R] int32, of which tokens the hidden states are asked, [B, R, D]. Of the others the last layer makes keys and values alone,
+        where layers are unrolled (`reads_apart`).
+        Raises ValueError for a mask of another S, or of none; for a slot of no cache, and for `unrolled` params without a cache.
         """
         if cache is None and (slot is not None or isinstance(params["blocks"], tuple)):
             raise ValueError("a slot or parameters that are unrolled, and no cache; give one of init_cache, or stacked parameters and no slot")
@@ -172,28 +186,49 @@ def make_model(cfg: ModelConfig, mesh=None, run: RunConfig = RunConfig()) -> Mod
         if (mask.shape[-1] if mask is not None else tokens.shape[1]) != keys or not (own or (mask is not None and mask.ndim == 3)):
             raise ValueError(f"a mask of shape {getattr(mask, 'shape', None)} where {keys} keys may be seen; give one of [B, T, {keys}]"
                              + (f" or [B, {keys}]" if own else ""))  # fmt: skip
-        visible = mask
-        if mask is None or mask.ndim == 2:
-            causal = positions[:, None, :] <= positions[:, :, None]
-            visible = causal if mask is None else causal & mask[:, None, :]
-        ordered = fused is not None and own and mask is None
-        known = lambda: (*rotation(cfg, positions), None if ordered else jnp.where(visible, 0.0, -1e30))  # noqa: E731
+        apart = read is not None and read.shape[1] < tokens.shape[1] and (cache is not None or apart_at_all)
+
+        def known():
+            """What all tokens must know, and what those that are read."""
+            ordered = fused is not None and own and mask is None
+            every = about(positions, None if ordered else visible(positions, mask))
+            if not apart:
+                return every, None
+            at = read_at(jnp.broadcast_to(positions, tokens.shape), read)
+            return every, about(at, visible(at, mask if mask is None or mask.ndim == 2 else read_at(mask, read)))
+
+        def about(asking, seen):
+            return Where(*rotation(cfg, asking), None if seen is None else jnp.where(seen, 0.0, -1e30))
+
+        def visible(asking, mask):
+            """Which keys tokens at these positions may see, [B or 1, T, S]."""
+            if mask is not None and mask.ndim == 3:
+                return mask
+            causal = positions[:, None, :] <= asking[:, :, None]
+            return causal if mask is None else causal & mask[:, None, :]
+
         alone = mesh is None or mesh.size == 1  # a branch's values would be whole on every device
-        where = Where(*(once(known, params["final_norm_scale"][0]) if barrier and alone else known()))
+        where, asked = once(known, params["final_norm_scale"][0]) if barrier and alone else known()
+        asked = asked and asked._replace(read=read)
         x = pin(gather(params["embed"], axes["embed"])[tokens].astype(dtype))
 
         if cache is None:
-            body = lambda x, weights: (layer(x, weights, where)[0], None)  # noqa: E731
+            body = lambda x, weights, asked=None: (layer(x, weights, where, asked=asked)[0], None)  # noqa: E731
             if policy is not None:
                 # Where no loop parts forward from backward, XLA would find both the same and keep what was to be computed anew.
                 body = jax.checkpoint(body, policy=policy, prevent_cse=unroll == cfg.layers)
-            x, _ = jax.lax.scan(body, x, params["blocks"], unroll=unroll)
+            blocks = params["blocks"]
+            if apart:
+                blocks, last = (jax.tree.map(lambda w: w[part], blocks) for part in (np.s_[:-1], -1))
+            x, _ = jax.lax.scan(body, x, blocks, unroll=unroll)
+            x = body(x, last, asked)[0] if apart else x
         else:  # unrolled: a scan would copy the whole cache at every layer
             new = []
             for i, weights in enumerate(layers_of(params["blocks"])):
-                x, kv = layer(x, weights, where, (cache.keys[i], cache.values[i]), slot)
+                x, kv = layer(x, weights, where, (cache.keys[i], cache.values[i]), slot, asked if i == cfg.layers - 1 else None)
                 new.append(kv)
             cache = Cache(*map(tuple, zip(*new)))
+        x = x if read is None or apart else read_at(x, read)
         return normalize(cfg, x, params["final_norm_scale"], params.get("final_norm_bias")), cache
 
     def layers_of(blocks):
@@ -246,9 +281,11 @@ class Block(nn.Module):
     turned: bool = False
 
     @nn.compact
-    def __call__(self, x, where, kv=None, slot=None):
+    def __call__(self, x, where, kv=None, slot=None, asked=None):
+        """x [B, T, D], or of the tokens that are asked, [B, R, D]: their `Where`."""
         cfg = self.cfg
-        a, kv = self.attention(self.norm("attn_norm", x), where, kv, slot)
+        a, kv = self.attention(self.norm("attn_norm", x), where, kv, slot, asked)
+        x = x if asked is None else read_at(x, asked.read)
         if cfg.parallel_residual:
             return x + a + self.mlp(self.norm("mlp_norm", x)), kv
         x = x + a
@@ -289,20 +326,21 @@ class Block(nn.Module):
             y = y + self.vector(f"{name}_bias", (heads, cfg.head_dim), (axis, "head_dim")).astype(self.dtype)
         return y
 
-    def attention(self, x, where, kv, slot):
+    def attention(self, x, where, kv, slot, asked):
         cfg = self.cfg
-        q = self.project("q", x, cfg.heads, "heads")
+        q = self.project("q", x if asked is None else read_at(x, asked.read), cfg.heads, "heads")
         k = self.project("k", x, cfg.kv_heads, "kv_heads")
         v = self.project("v", x, cfg.kv_heads, "kv_heads")
         if cfg.qk_norm:
             q, k = self.head_norm("q_norm", q), self.head_norm("k_norm", k)
-        turn = rotate_and_back if self.barrier else rotate
-        q, k = turn(q, where.sin, where.cos), turn(k, where.sin, where.cos)
+        turn, asking = rotate_and_back if self.barrier else rotate, asked or where
+        q, k = turn(q, asking.sin, asking.cos), turn(k, where.sin, where.cos)
         k, v = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)  # [B, K, T, d], the cache's layout
         if kv is not None:
             kv = write(kv[0], k, slot), write(kv[1], v, slot)
         if slot is None:  # the keys to be seen are those of x
-            y = (self.fused or (attend_in_parts if self.barrier else attend))(q, k, v, where.bias)
+            by_order = self.fused if asked is None else None  # kernels that know rows of queries in the order of keys alone
+            y = (by_order or (attend_in_parts if self.barrier else attend))(q, k, v, asking.bias)
         else:
             y = attend(q, *kv, where.bias)
         out = self.weight("o", (cfg.heads, cfg.head_dim, cfg.width), ("heads", "head_dim", "embed"),
@@ -426,6 +464,11 @@ def rotate_and_back(x, sin, cos):
 
 
 rotate_and_back.defvjp(lambda x, *angles: (rotate(x, *angles), angles), lambda angles, g: (rotate(g, -angles[0], angles[1]), None, None))
+
+
+def read_at(x, read):
+    """x [B, T, ...] at each row's own places [B, R]: [B, R, ...]."""
+    return jnp.take_along_axis(x, read.reshape(*read.shape, *(1,) * (x.ndim - 2)), 1)
 
 
 def write(buffer, update, slot):

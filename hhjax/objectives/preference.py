@@ -50,42 +50,41 @@ def both_rows(pairs: Pairs) -> Tokens:
     return jax.tree.map(side_by_side, pairs.chosen, pairs.rejected)
 
 
-def end_scores(model: Model, params, rows: Tokens | PackedReplies, hidden=None, ways: int = 1):
+def end_scores(model: Model, params, rows: Tokens | PackedReplies, ways: int = 1):
     """The scalar head read at the end-of-context token, each row's last or each packed reply's. Returns [B] f32. ways: shards of
     packed rows."""
-    if hidden is None:
-        hidden = hidden_states(model, params, rows)
     if isinstance(rows, PackedReplies):
-        return model.score(params, picked(hidden, rows.end, ways))
-    last = jnp.take_along_axis(hidden, (rows.length - 1)[:, None, None], axis=1)[:, 0]
-    return model.score(params, last)
+        return model.score(params, picked(hidden_states(model, params, rows, rows.ends), rows.end, ways))
+    return model.score(params, hidden_states(model, params, rows, rows.length[:, None] - 1)[:, 0])
 
 
-def pair_scores(model: Model, params, pairs: Pairs | PackedPairs):
-    """Chosen and rejected scores, and the hidden states that they were read from.
+def pair_scores(model: Model, params, pairs: Pairs | PackedPairs, hidden=None):
+    """Chosen and rejected scores: of Pairs [B] each, of PackedPairs [R, N], those of the same pairs in rows of their own. A loss that works
+    element by element and by `weight` takes both.
 
-    Of Pairs: [B], [B], [B, 2, T, D]. Of PackedPairs: [R, N], [R, N], [R, T, D]; the scores are those of the same pairs in rows of
-    their own. A loss that works element by element and by `weight` takes both.
+    hidden: `pair_states`, where the loss needs them too. Without, the last layer need not be computed but at the ends.
     """
-    if isinstance(pairs, PackedPairs):
-        hidden = hidden_states(model, params, pairs)
-        ends = jnp.take_along_axis(hidden, pairs.ends.reshape(len(hidden), -1, 1), axis=1)
-        scores = model.score(params, ends).reshape(pairs.ends.shape)
-        return scores[..., 0], scores[..., 1], hidden
-    rows = both_rows(pairs)
-    hidden, _ = model.apply(params, rows.tokens)
-    scores = end_scores(model, params, rows, hidden).reshape(-1, 2)
-    return scores[:, 0], scores[:, 1], hidden.reshape(-1, 2, *hidden.shape[1:])
+    packed = isinstance(pairs, PackedPairs)
+    rows = pairs if packed else both_rows(pairs)
+    ends = pairs.ends.reshape(len(rows.tokens), -1) if packed else rows.length[:, None] - 1
+    at_ends = hidden_states(model, params, rows, ends) if hidden is None else jnp.take_along_axis(hidden, ends[..., None], axis=1)
+    scores = model.score(params, at_ends).reshape(*pairs.weight.shape, 2)
+    return scores[..., 0], scores[..., 1]
+
+
+def pair_states(model: Model, params, pairs: Pairs | PackedPairs):
+    """The last hidden states of comparisons' rows: of Pairs [2B, T, D], as `both_rows` has them, of PackedPairs [R, T, D]."""
+    return hidden_states(model, params, pairs if isinstance(pairs, PackedPairs) else both_rows(pairs))
 
 
 def chosen_nats(model: Model, params, batch: Pairs | PackedPairs, hidden, chunk: int):
     """The weighted mean over pairs of the mean nats per token of the chosen dialogue, prompt and reply, but for <eoc>, which a language
-    model never says. hidden: as `pair_scores` returns it."""
+    model never says. hidden: as `pair_states` returns it."""
     if isinstance(batch, Pairs):
         rows = batch.chosen
         whole = rows._replace(prompt_len=jnp.zeros_like(rows.length), length=rows.length - 1)
         targets, mask = next_tokens(whole)
-        nll, _ = chunked_nll(model, params, hidden[:, 0], targets, mask, chunk)
+        nll, _ = chunked_nll(model, params, hidden.reshape(-1, 2, *hidden.shape[1:])[:, 0], targets, mask, chunk)
         return weighted_mean(nll / jnp.maximum(jnp.sum(mask, -1), 1), batch.weight)
     ahead = lambda x, end: jnp.pad(x[:, 1:], ((0, 0), (0, 1)), constant_values=end)  # noqa: E731
     t = jnp.arange(batch.tokens.shape[1])
@@ -108,7 +107,8 @@ def preference_objective(model: Model, cfg: PreferenceLoss = PreferenceLoss()) -
 
     def loss(params, batch: Pairs | PackedPairs, key):
         del key
-        chosen, rejected, hidden = pair_scores(model, params, batch)
+        hidden = pair_states(model, params, batch) if cfg.lm_coef else None
+        chosen, rejected = pair_scores(model, params, batch, hidden)
         nats = preference_loss(chosen, rejected)
         total = weighted_mean(nats, batch.weight)
         metrics = preference_metrics(chosen, rejected, batch.weight)

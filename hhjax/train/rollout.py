@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from hhjax.model.replies import before_reply_tokens, by_chunks, hidden_states, policy_logits, reply_logps, reply_tokens
+from hhjax.model.replies import before_reply_tokens, by_chunks, policy_logits, reply_logps, reply_tokens
 from hhjax.objectives.advantage import explained_variance, gae, shaped_rewards, whiten
 from hhjax.objectives.kl import kl_k1, kl_k3
 from hhjax.objectives.masked import masked_mean, masked_sum
@@ -46,11 +46,11 @@ def make_actor(policy: Model, value: Model | None, vocab: Vocabulary, width: int
 
     def actor(params, rows: Tokens | PackedReplies):
         tokens, _ = reply_tokens(rows, width)
-        hidden = before_reply_tokens(hidden_states(policy, params["policy"], rows), rows, width, ways)
+        hidden = before_reply_tokens(policy, params["policy"], rows, width, ways)
         logp, entropy = reply_logps(policy, params["policy"], hidden, tokens, vocab, temperature)
         if value is None:
             return logp, policy.score(params["policy"], hidden), entropy
-        seen = before_reply_tokens(hidden_states(value, params["value"], rows), rows, width, ways)
+        seen = before_reply_tokens(value, params["value"], rows, width, ways)
         return logp, value.score(params["value"], seen), entropy
 
     return actor
@@ -75,7 +75,7 @@ def make_score(actor: Actor, judges: Judges, vocab: Vocabulary, width: int, cfg:
             drift = {"sampler_drift_max": jnp.max(jnp.where(mask, jnp.abs(samples.logp - logp), 0.0))}
         else:  # the sampler's are the same to rounding, and the policy's forward falls away
             logp, entropy = samples.logp, samples.entropy
-        hidden = before_reply_tokens(hidden_states(judges.reference, frozen["reference"], rows), rows, width, ways)
+        hidden = before_reply_tokens(judges.reference, frozen["reference"], rows, width, ways)
         ref_logp, _ = reply_logps(judges.reference, frozen["reference"], hidden, tokens, vocab, temperature)
         closed = rows if isinstance(rows, PackedReplies) else closed_rows(samples, vocab)
         judge = lambda model, params, offset: end_scores(model, params, closed, ways=ways) - offset  # noqa: E731
@@ -124,7 +124,7 @@ def make_exact_kl(policy: Model, reference: Model, vocab: Vocabulary, width: int
 
     def exact_kl(policy_params, reference_params, rows: Tokens):
         sides = ((policy, policy_params), (reference, reference_params))
-        hidden = tuple(before_reply_tokens(model.apply(p, rows.tokens)[0], rows, width) for model, p in sides)
+        hidden = tuple(before_reply_tokens(model, p, rows, width) for model, p in sides)
 
         def one(hidden):
             logp, ref_logp = (jax.nn.log_softmax(policy_logits(model, p, h, vocab, temperature)[..., : vocab.size])

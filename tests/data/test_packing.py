@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hhjax.data.packing import MOST, PackedSource, ReplyPacker, first_fit
+from hhjax.data.packing import MOST, PackedSource, ReplyPacker, first_fit, pair_sizes
 from hhjax.data.stream import Host, PairSource
 from hhjax.model.sizes import model_config
 from hhjax.model.transformer import make_model
@@ -48,7 +48,7 @@ def in_two_rows(batch) -> dict:
 
 @given(st.lists(st.integers(1, 50), max_size=60), st.integers(1, 5))
 def test_bins_hold_everything_once_and_no_more_than_fits(lengths, most):
-    bins = first_fit(lengths, 50, most)
+    bins = first_fit([(n, 1) for n in lengths], (50, most))
     assert sorted(i for members in bins for i in members) == list(range(len(lengths)))
     assert all(0 < len(members) <= most and sum(lengths[i] for i in members) <= 50 for members in bins)
     assert len(bins) >= sum(lengths) / 50 and sum(sum(lengths[i] for i in m) <= 25 and len(m) < most for m in bins) <= 1
@@ -87,7 +87,9 @@ def test_packed_replies_say_where_everything_is(seed, ways, copies):
             prompt, reply = np.split(rows.tokens[sample, : p + n], [p])
             np.testing.assert_array_equal(packed.reply[k, place], np.pad(reply, (0, 8 - n)))
             assert packed.reply_len[k, place] == n
-            before, end = packed.before[k, place][:n], packed.end[k, place]
+            flat = lambda at: np.arange(own)[:, None] * packed.tokens.shape[2] + at  # noqa: E731
+            read, ends = (flat(x[shard]).reshape(-1) for x in (packed.read, packed.ends))
+            before, end = read[packed.before[k, place][:n]], ends[packed.end[k, place]]
             assert tokens[before].tolist() == [prompt[-1], *reply[:-1]] and tokens[end] == 2 and tokens[end - 1] == 1
             assert positions[before].tolist() == list(range(p - 1, p + n - 1)) and branch[before[0]] == 0 and (branch[before[1:]] > 0).all()
             row = end // packed.tokens.shape[2]
@@ -114,8 +116,17 @@ def test_hosts_bring_what_one_would():
 
 def test_few_numbers_of_rows_are_compiled():
     rng, packer = np.random.default_rng(0), ReplyPacker(12, 8, Vocabulary(0, 1, 2, 99))
-    shapes = {packer.pack(*make_replies(rng, 64)).tokens.shape for _ in range(40)}
-    assert len(shapes) <= 4 and all(rows % 2 == 0 and width == 48 for rows, width in shapes)
+    shapes = {(packed.tokens.shape, packed.read.shape) for packed in (packer.pack(*make_replies(rng, 64)) for _ in range(40))}
+    assert len(shapes) <= 4 and all(rows % 2 == 0 and width == 48 for (rows, width), _ in shapes)
+
+
+def test_no_row_is_read_in_many_places_where_all_can_be_read_in_few():
+    """And no more rows are needed for it: short replies behind long prompts and long ones behind short prompts share rows."""
+    packer = ReplyPacker(40, 40, Vocabulary(0, 1, 2, 99))
+    prompt, reply = (np.array(12 * sizes, np.int32) for sizes in ([40, 1], [1, 40]))
+    rows = Tokens(np.full((24, 80), 7, np.int32), prompt, prompt + reply)
+    packed = packer.pack(rows, np.ones(24, bool))
+    assert packed.tokens.shape == (6, 168) and packed.read.shape == (6, 84) and packed.ends.shape == (6, MOST)
 
 
 def test_a_packed_batch_holds_the_pairs_of_a_plain_one(tok, pairs, source):
@@ -151,7 +162,7 @@ def test_hosts_bring_their_pairs_in_equally_many_rows(source):
 def test_rows_divide_by_what_they_must(tok, pairs):
     source = PackedSource(pairs, tok, seq_len=160, batch_size=8, multiple=6)
     batch, half = source.batch(0, 0), source.batch(0, 0, Host(1, 2))
-    needed = len(first_fit(source.tokens_of[source.rows_of(0, 0)], source.width, MOST))
+    needed = len(first_fit(pair_sizes(source.tokens_of[source.rows_of(0, 0)]), (source.width, MOST)))
     assert needed < 6 == len(batch.tokens) and len(half.tokens) % 3 == 0 and source.width % 64 == 0
     assert np.all(batch.pair[needed:] == -1) and not np.any(np.all(batch.pair[:needed] == -1, axis=1))
 

@@ -51,7 +51,7 @@ def draw(model, params, prompts, cfg=Sampling(R), seed=1, ids=None):
 def test_the_logps_are_those_of_a_full_forward(model, params):
     samples = draw(model, params, make_prompts())
     tokens, mask = reply_tokens(samples.rows, R)
-    hidden = before_reply_tokens(model.apply(params, samples.rows.tokens)[0], samples.rows, R)
+    hidden = before_reply_tokens(model, params, samples.rows, R)
     logp, entropy = reply_logps(model, params, hidden, tokens, VOCAB)
     np.testing.assert_allclose(np.where(mask, samples.logp, 0), np.where(mask, logp, 0), atol=1e-5)
     np.testing.assert_allclose(np.where(mask, samples.entropy, 0), np.where(mask, entropy, 0), atol=1e-5)
@@ -61,7 +61,7 @@ def test_the_logps_are_those_of_a_full_forward(model, params):
 def test_logps_by_chunks_are_the_same(model, params):
     samples = draw(model, params, make_prompts())
     tokens, _ = reply_tokens(samples.rows, R)
-    hidden = before_reply_tokens(model.apply(params, samples.rows.tokens)[0], samples.rows, R)
+    hidden = before_reply_tokens(model, params, samples.rows, R)
     f = lambda p, chunk: reply_logps(model, p, hidden, tokens, VOCAB, 0.7, chunk)  # noqa: E731
     for whole, cut in zip(f(params, R), f(params, 5), strict=True):
         np.testing.assert_allclose(whole, cut, atol=1e-6)
@@ -117,7 +117,7 @@ def test_the_draws_follow_the_distribution(model, params):
 
 def test_temperature_zero_is_greedy(model, params):
     samples = jax.device_get(draw(model, params, make_prompts(), Sampling(R, temperature=0)))
-    hidden = before_reply_tokens(model.apply(params, samples.rows.tokens)[0], samples.rows, R)
+    hidden = before_reply_tokens(model, params, samples.rows, R)
     best = jnp.argmax(policy_logits(model, params, hidden, VOCAB), -1)
     tokens, mask = reply_tokens(samples.rows, R)
     assert (np.where(mask, tokens, 0) == np.where(mask, best, 0)).all()

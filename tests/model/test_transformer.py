@@ -121,6 +121,38 @@ def test_a_masked_key_is_as_if_it_were_not_there(cfg):
     np.testing.assert_allclose(hidden[:, 4:], expected, atol=1e-5, rtol=0)
 
 
+@CONFIGS
+@pytest.mark.parametrize("run", [RunConfig(barrier="on"), RunConfig(barrier="off"), RunConfig(unroll=1), RunConfig(remat="full")], ids=str)
+def test_what_is_read_alone_is_what_stands_there(cfg, run):
+    """Values and gradients, whatever says which keys are seen; places in any order, and twice."""
+    model = make_model(cfg, run=run)
+    params, tokens = model.init(jax.random.key(1)), tokens_for(cfg)
+    read = jnp.array([[11, 3], [5, 5], [0, 7]])
+    t = jnp.arange(12)
+    two = jnp.where(t < 6, t, t - 6)  # two dialogues a row
+    own = jnp.broadcast_to((t[:, None] // 6 == t // 6) & (t <= t[:, None]), (3, 12, 12))
+    for positions, mask in ((None, None), (None, t < jnp.array([[12], [8], [9]])), (jnp.broadcast_to(two, (3, 12)), own)):
+        def alone(params):
+            return model.apply(params, tokens, positions, mask, read=read)[0]
+
+        def among_all(params):
+            return jnp.take_along_axis(model.apply(params, tokens, positions, mask)[0], read[..., None], 1)
+
+        np.testing.assert_allclose(alone(params), among_all(params), atol=1e-5)
+        gradients = (jax.jit(jax.grad(lambda p: jnp.sum(jnp.sin(f(p)))))(params) for f in (alone, among_all))  # noqa: B023
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5 * max(1, float(jnp.abs(b).max()))), *gradients)
+
+
+@CONFIGS
+def test_a_prompt_may_be_read_at_its_end_alone(cfg):
+    """The cache that it leaves is the same."""
+    model, tokens = make_model(cfg), tokens_for(cfg)
+    params = model.init(jax.random.key(1))
+    (whole, cache), (last, own) = (model.apply(params, tokens, cache=model.init_cache(3, 14), read=read) for read in (None, jnp.array([[4], [11], [0]])))
+    np.testing.assert_allclose(last[:, 0], whole[jnp.arange(3), jnp.array([4, 11, 0])], atol=1e-5)
+    jax.tree.map(partial(np.testing.assert_allclose, atol=1e-5), own, cache)
+
+
 def gradient(cfg, run, positions=None, mask=None):
     model, tokens = make_model(cfg, run=run), tokens_for(cfg)
     params = model.init(jax.random.key(1))
@@ -321,8 +353,9 @@ def test_what_is_unrolled_is_in_the_compute_dtype_and_a_tree_per_layer():
 @pytest.mark.parametrize("length", [1, 63, 64, 130, 300, 513])
 def test_attention_in_parts_is_attention_and_so_is_its_gradient(length):
     """Of grouped heads, where each row holds two dialogues that meet at different places."""
-    assert [i for part in parts(length) for i in range(part.start, part.stop)] == list(range(length)) and len(parts(length)) <= 4
-    assert (len(parts(length)) > 1) == (length >= 64)
+    cuts = parts(length, length)
+    assert [i for part, _ in cuts for i in range(part.start, part.stop)] == list(range(length)) and len(cuts) <= 4
+    assert (len(cuts) > 1) == (length >= 64) and all(end == part.stop for part, end in cuts)
     q, k, v, g = (jax.random.normal(jax.random.key(i), (2, *s)) for i, s in enumerate([(length, 6, 8), (2, length, 8), (2, length, 8), (length, 6, 8)]))
     at = jnp.arange(length)
     segment = jnp.stack([at >= length // 2, at >= length // 3])

@@ -8,7 +8,7 @@ import pytest
 from hhjax.model.sizes import model_config
 from hhjax.model.transformer import make_model
 from hhjax.objectives.preference import (
-    PreferenceLoss, both_rows, end_scores, pair_scores, preference_loss, preference_metrics, preference_objective,
+    PreferenceLoss, both_rows, end_scores, pair_scores, pair_states, preference_loss, preference_metrics, preference_objective,
 )  # fmt: skip
 from hhjax.types import PackedPairs, Pairs, Tokens
 
@@ -58,10 +58,11 @@ def test_the_score_is_read_at_the_last_token_of_each_row():
 
 def test_interleaving_keeps_each_side_with_its_score():
     batch = pairs()
-    chosen, rejected, hidden = pair_scores(MODEL, PARAMS, batch)
+    (chosen, rejected), hidden = pair_scores(MODEL, PARAMS, batch), pair_states(MODEL, PARAMS, batch)
     np.testing.assert_allclose(chosen, end_scores(MODEL, PARAMS, batch.chosen), atol=1e-5)
     np.testing.assert_allclose(rejected, end_scores(MODEL, PARAMS, batch.rejected), atol=1e-5)
-    assert both_rows(batch).tokens.shape == (6, 10) and hidden.shape == (3, 2, 10, CFG.width)
+    np.testing.assert_allclose((chosen, rejected), pair_scores(MODEL, PARAMS, batch, hidden), atol=1e-5)
+    assert both_rows(batch).tokens.shape == (6, 10) and hidden.shape == (6, 10, CFG.width)
 
 
 def test_what_stands_after_the_end_changes_nothing():
@@ -170,9 +171,9 @@ def test_packed_pairs_give_the_loss_and_gradients_of_two_rows_a_pair(ragged, lm_
 
 def test_packed_scores_are_those_of_rows_of_their_own(ragged):
     batch, plain = ragged
-    chosen, rejected, _ = pair_scores(MODEL, PARAMS, batch)
+    chosen, rejected = pair_scores(MODEL, PARAMS, batch)
     real = np.array([[True, True, False], [True, True, True], [True, False, False]])
-    np.testing.assert_allclose(np.stack([chosen[real], rejected[real]]), np.stack(pair_scores(MODEL, PARAMS, plain)[:2]), atol=2e-5)
+    np.testing.assert_allclose(np.stack([chosen[real], rejected[real]]), np.stack(pair_scores(MODEL, PARAMS, plain)), atol=2e-5)
 
 
 def test_packing_needs_its_mask_and_its_positions(ragged):
