@@ -140,7 +140,7 @@ def make_model(cfg: ModelConfig, mesh=None, run: RunConfig = RunConfig()) -> Mod
     dtype = jnp.dtype(run.dtype if run.dtype != "auto" else "float32" if platform == "cpu" else "bfloat16")
     barrier = run.barrier == "on" or (run.barrier == "auto" and platform == "cpu")
     fused = fused_attention(device, dtype, cfg.head_dim, mesh) if run.attention == "auto" else None
-    unroll, apart_at_all = unroll_on(cfg.layers, run, platform), reads_apart(cfg.layers, run, platform)
+    unroll, last_apart = unroll_on(cfg.layers, run, platform), reads_apart(cfg.layers, run, platform)
     policy = REMAT[remat_on(run, platform)]
     block, decoding = Block(cfg, dtype, barrier, fused), Block(cfg, dtype, barrier, fused, turned=dtype == jnp.float32)
     axes, declared = decoder_axes(cfg), block_params(cfg)
@@ -186,7 +186,7 @@ def make_model(cfg: ModelConfig, mesh=None, run: RunConfig = RunConfig()) -> Mod
         if (mask.shape[-1] if mask is not None else tokens.shape[1]) != keys or not (own or (mask is not None and mask.ndim == 3)):
             raise ValueError(f"a mask of shape {getattr(mask, 'shape', None)} where {keys} keys may be seen; give one of [B, T, {keys}]"
                              + (f" or [B, {keys}]" if own else ""))  # fmt: skip
-        apart = read is not None and read.shape[1] < tokens.shape[1] and (cache is not None or apart_at_all)
+        apart = read is not None and read.shape[1] < tokens.shape[1] and (cache is not None or last_apart)
 
         def known():
             """What all tokens must know, and what those that are read."""
@@ -282,7 +282,7 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x, where, kv=None, slot=None, asked=None):
-        """x [B, T, D], or of the tokens that are asked, [B, R, D]: their `Where`."""
+        """x [B, T, D] -> x after the block, of all tokens or of those that `asked` reads, [B, R, D]; and keys and values of all."""
         cfg = self.cfg
         a, kv = self.attention(self.norm("attn_norm", x), where, kv, slot, asked)
         x = x if asked is None else read_at(x, asked.read)

@@ -161,9 +161,9 @@ def test_minibatches_hold_every_sample_once_an_epoch(pipeline, micro):
             cut = jax.tree.map(lambda x: x[k][m::micro], packed)
             for place, sample in enumerate(part[m::micro]):
                 shard = np.s_[place * 2 // len(cut.end) * len(cut.tokens) // 2 :]
-                end = cut.end[place]
-                n = rows.length[sample] - 5
-                assert cut.tokens[shard].ravel()[end - n - 1 : end + 1].tolist() == [*tokens[sample, 5 : 5 + n], 1, 2]
+                row, which = divmod(cut.end[place], cut.ends.shape[1])
+                end, n = cut.ends[shard][row, which], rows.length[sample] - 5
+                assert cut.tokens[shard][row, end - n - 1 : end + 1].tolist() == [*tokens[sample, 5 : 5 + n], 1, 2]
 
 
 def test_a_row_a_reply_gives_the_same_run(finished, pipeline, context, tmp_path):
