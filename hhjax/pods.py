@@ -34,7 +34,7 @@ from hhjax.stages import PPO, Training, split_step
 # best published ones are at 0.44 to 0.71 on TPUs (MaxText on v5e, v5p, v6e) and 0.50 on H100s.
 ATTAINABLE = {"compute": 0.8, "HBM": 0.8, "interconnect": 0.8}
 PHASES = ("sample", "score", "update")
-PLATFORM = "tpu"  # of models that are planned for, which are run alike on GPUs
+PLATFORM = "tpu"  # layers are looped over and recomputed on GPUs as on TPUs
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,8 @@ def forward_flops(cfg: ModelConfig, rows: int, width: int, read: int | None = No
     """FLOPs of the blocks on rows x width tokens: 2N a token for matrix products and, averaged over a causal
     row, 2 x layers x (heads x head_dim) x width for attention. Logits apart; padding counts, since it is computed.
 
-    read: tokens of a row whose last hidden states are asked; of the others the last layer makes keys and values alone. None: all.
+    read: tokens of a row whose last hidden states are asked; of the others the last layer makes keys and values alone. None: all. Their
+    attention is an average token's too, though most stand late in their row.
     """
     attention = 2 * cfg.heads * cfg.head_dim * width
     per_token = 2 * matmul_params(cfg) + cfg.layers * attention

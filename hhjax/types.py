@@ -61,8 +61,8 @@ class PackedReplies(NamedTuple):
 
     tokens, positions, pair, branch: [N, T] int32 as in PackedPairs: `pair` is which of its row's prompts a token belongs to, `branch`
     which of that prompt's replies, 0 the prompt itself.
-    read: [N, M] int32, the places in each row whose hidden states predict a reply's tokens; ends: [N, K] int32, those of the <eoc>; 0 past
-    the last.
+    read: [N, M] int32, the places in each row whose hidden states predict a reply's tokens, 0 past the last; None: all T in order. ends: [N, K]
+    int32, the places of the <eoc>, alike.
     reply: [B, R] int32, each reply as it was sampled, <pad> past its end; reply_len: [B] int32. before: [B, R] int32, which of the places that
     are read predicts each of its tokens; end: [B] int32, which of the ends is its own. Both count through the rows of the reply's own
     shard, the first N / shards of them, or the next.
@@ -72,7 +72,7 @@ class PackedReplies(NamedTuple):
     positions: Array
     pair: Array
     branch: Array
-    read: Array
+    read: Array | None
     ends: Array
     reply: Array
     reply_len: Array

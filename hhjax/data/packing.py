@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
+import jax
 import numpy as np
 
 from hhjax.data.comparisons import Comparison
@@ -10,7 +11,8 @@ from hhjax.data.stream import Host, PairSource
 from hhjax.data.tokenizer import Tokenizer
 from hhjax.types import PackedPairs, PackedReplies, Tokens, Vocabulary
 
-MOST = 16  # pairs a row, or replies
+MOST = 16  # pairs a row
+ENDS = 16  # what the number of a row's ends of replies is a multiple of
 STEP = 64  # tokens that a row's width is a multiple of
 
 
@@ -78,10 +80,11 @@ def lay(rows, count: int, width: int, pad_id: int):
 
 
 class ReplyPacker(NamedTuple):
-    """How replies of at most `new` tokens to prompts of at most `prompt_len` are packed: rows of two full ones.
+    """How replies of one to `new` tokens to prompts of at most `prompt_len` are packed: rows of two full ones.
 
     ways: the shards of a mesh's batch axis, whose replies stay together. copies: how many replies in a run share a prompt.
-    host: which shards this process brings.
+    host: which shards this process brings. halve: whether models gain where no more than half of a row's places is read, see
+    `transformer.reads_apart`.
     """
 
     prompt_len: int
@@ -90,6 +93,7 @@ class ReplyPacker(NamedTuple):
     ways: int = 1
     copies: int = 1
     host: Host = Host()
+    halve: bool = False
 
     @property
     def width(self) -> int:
@@ -99,8 +103,8 @@ class ReplyPacker(NamedTuple):
         """This host's share, of numpy arrays. rows, stopped: of all samples, [B, T] and [B].
 
         batches: [K, b] numbers of the samples of each batch, runs of b / ways to a shard; the arrays then begin with an axis of K.
-        None: one batch of all, without that axis. All have equally many rows, a number that goes by sixteenths; in each half of the places
-        are read, or all, where that would take more rows. So few programs are compiled.
+        None: one batch of all, without that axis. All have equally many rows, a number that goes by sixteenths, of which with
+        `halve` half of the places are read, or all where half would take more rows. So few programs are compiled.
         """
         every = np.arange(len(rows.length))[None] if batches is None else batches
         if every.shape[1] % (self.ways * self.copies):
@@ -108,23 +112,25 @@ class ReplyPacker(NamedTuple):
         shards = every.reshape(len(every), self.ways, -1)
         items = [[[item for run in runs(shard, self.copies) for item in self._items(rows, stopped, run)] for shard in batch] for batch in shards]
         length = rows.length - rows.prompt_len
-        size = lambda run, prompt, replies: (len(prompt) + sum(map(len, replies)), int(length[run].sum()), len(run))  # noqa: E731
+        size = lambda run, prompt, replies: (len(prompt) + sum(map(len, replies)), int(length[run].sum()))  # noqa: E731
         sizes = [[[size(*item) for item in of] for of in batch] for batch in items]
         step = -(-shards.shape[2] // 32)  # a sixteenth of the most rows that there can be, two replies in each
 
         def filled(read: int):
             """Bins in which no row is read in more places, and how many rows they are."""
-            bins = [[first_fit(of, (self.width, read, MOST)) for of in batch] for batch in sizes]
+            bins = [[first_fit(of, (self.width, read)) for of in batch] for batch in sizes]
             return bins, -(-max(len(of) for batch in bins for of in batch) // step) * step
 
-        (bins, count), read = filled(self.width), self.width
-        half = self.width // 2
-        if all(size[1] <= half for batch in sizes for of in batch for size in of) and (tried := filled(half))[1] == count:
-            bins, read = tried[0], half
+        (bins, count), read, half = filled(self.width), None, self.width // 2
+        if self.halve and all(n <= half for batch in sizes for of in batch for _, n in of) and (tried := filled(half))[1] <= count:
+            (bins, count), read = tried, half
+        of_shards = [(of, found) for batch, into in zip(items, bins) for of, found in zip(batch, into)]
+        ends = max(sum(len(of[i][0]) for i in members) for of, found in of_shards for members in found)
+        ends = -(-ends // ENDS) * ENDS
         mine = np.split(np.arange(self.ways), self.host.count)[self.host.index]
-        join = lambda parts: PackedReplies(*map(np.concatenate, zip(*parts)))  # noqa: E731
-        laid = [join([self._shard(rows, shards[k, w], items[k][w], bins[k][w], count, read) for w in mine]) for k in range(len(every))]
-        return laid[0] if batches is None else PackedReplies(*map(np.stack, zip(*laid)))
+        join = lambda parts: jax.tree.map(lambda *x: np.concatenate(x), *parts)  # noqa: E731
+        laid = [join([self._shard(rows, shards[k, w], items[k][w], bins[k][w], count, read, ends) for w in mine]) for k in range(len(every))]
+        return laid[0] if batches is None else jax.tree.map(lambda *x: np.stack(x), *laid)
 
     def _items(self, rows: Tokens, stopped, run):
         """(numbers, prompt, closed replies) of samples that share a prompt, as many together as a row holds."""
@@ -133,27 +139,33 @@ class ReplyPacker(NamedTuple):
         replies = [np.append(rows.tokens[i, len(prompt) : rows.length[i]], end).astype(np.int32) for i, end in zip(run, closing)]
         start, used = 0, len(prompt)
         for at, reply in enumerate(replies):
-            if used + len(reply) > self.width or at - start == MOST:
+            if used + len(reply) > self.width:
                 yield run[start:at], prompt, replies[start:at]
                 start, used = at, len(prompt)
             used += len(reply)
         yield run[start:], prompt, replies[start:]
 
-    def _shard(self, rows: Tokens, shard, items, bins, count: int, most: int) -> PackedReplies:
+    def _shard(self, rows: Tokens, shard, items, bins, count: int, reads: int | None, most_ends: int) -> PackedReplies:
+        """reads, most_ends: how many places before a reply's tokens, and how many ends, a row has room for."""
         length = (rows.length - rows.prompt_len)[shard].astype(np.int32)
-        size, ids, read, ends = len(shard), np.arange(self.new), np.zeros((count, most), np.int32), np.zeros((count, MOST), np.int32)
+        size, ids, ends = len(shard), np.arange(self.new), np.zeros((count, most_ends), np.int32)
+        read = None if reads is None else np.zeros((count, reads), np.int32)
         reply, before, end = np.full((size, self.new), self.vocab.pad, np.int32), np.zeros((size, self.new), np.int32), np.zeros(size, np.int32)
         place = {sample: k for k, sample in enumerate(shard)}
         laid, places = lay([[items[i][1:] for i in members] for members in bins], count, self.width, self.vocab.pad)
-        reads, replies = np.zeros(count, int), np.zeros(count, int)  # so far in each row
+        used = np.zeros((count, 2), int)  # of reads and of ends, so far in each row
         for (r, _, prompt_end, spans), i in zip(places, np.concatenate(bins)):
             for (start, stop), sample in zip(spans, items[i][0]):
-                k, at, n = place[sample], reads[r], replies[r]
+                k, (at, n) = place[sample], used[r]
+                token = np.minimum(ids, length[k] - 1)
+                sees = np.where(token == 0, prompt_end, start + token) - 1
                 reply[k, : length[k]] = rows.tokens[sample, rows.prompt_len[sample] : rows.length[sample]]
-                read[r, at : at + length[k]] = np.where(ids == 0, prompt_end - 1, start + ids - 1)[: length[k]]
-                before[k] = r * most + at + np.minimum(ids, max(length[k] - 1, 0))
-                ends[r, n], end[k] = stop - 1, r * MOST + n
-                reads[r], replies[r] = at + length[k], n + 1
+                if read is None:
+                    before[k] = r * self.width + sees
+                else:
+                    read[r, at : at + length[k]], before[k] = sees[: length[k]], r * reads + at + token
+                ends[r, n], end[k] = stop - 1, r * most_ends + n
+                used[r] += length[k], 1
         return PackedReplies(*laid, read, ends, reply, length, before, end)
 
 

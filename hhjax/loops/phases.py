@@ -16,7 +16,7 @@ from hhjax.data.packing import ReplyPacker
 from hhjax.data.stream import Host
 from hhjax.loops.sampling import fetch, frozen, make_sample
 from hhjax.loops.supervised import compute_dtype
-from hhjax.model.transformer import make_model, unstacked, unstacked_axes
+from hhjax.model.transformer import make_model, reads_apart, unstacked, unstacked_axes
 from hhjax.sharding import batch_host, batch_sharding, batch_ways, batches_sharding, param_shardings, put_batch, put_batches, replicated
 from hhjax.stages import PPO
 from hhjax.train.rollout import Judges, make_actor, make_exact_kl, make_score
@@ -123,7 +123,8 @@ def make_phases(stage: PPO, models: dict, vocab: Vocabulary, mesh, rollout_mesh,
         gather = lambda samples: jax.device_put(samples, rows)  # noqa: E731
 
     def packer():  # not made here: a mesh that is only planned for has no hosts
-        return reply_packer(stage, vocab, ways)._replace(host=Host(*batch_host(mesh)))
+        halve = any(reads_apart(model.config.layers, stage.run, mesh.devices.flat[0].platform) for model in models.values())
+        return reply_packer(stage, vocab, ways)._replace(host=Host(*batch_host(mesh)), halve=halve)
 
     def lay(samples, fetched, stopped):
         return put_batch(packer().pack(fetched, stopped), mesh) if is_packed(stage, ways) else samples.rows
@@ -217,8 +218,9 @@ def minibatches(stage: PPO, packer: ReplyPacker, rows, stopped, rng) -> tuple[np
 def reading(rows: Tokens | PackedReplies, new: int) -> Reading:
     """Of a batch, or of several along a first axis. new: the most tokens of a reply."""
     count, width = math.prod(rows.tokens.shape[:-1]), rows.tokens.shape[-1]
-    packed = isinstance(rows, PackedReplies)
-    return Reading(count, width, *((rows.read.shape[-1], rows.ends.shape[-1]) if packed else (new, 1)))
+    if not isinstance(rows, PackedReplies):
+        return Reading(count, width, new, 1)
+    return Reading(count, width, width if rows.read is None else rows.read.shape[-1], rows.ends.shape[-1])
 
 
 def iteration_flops(stage: PPO, models: dict, platform: str, scored: Reading | None = None, learnt: Reading | None = None) -> float:

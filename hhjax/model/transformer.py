@@ -65,7 +65,8 @@ class RunConfig:
 
     remat: what the backward pass finds of the forward one: "none" (all that it uses), "dots" (matrix products and fused attention; the rest is
     cheap to compute anew and dear to keep), "full" (block inputs only), or "auto" ("none" on CPU, "dots" elsewhere).
-    unroll: layers per scan step; 0 is all of up to 8 on CPU, where it saves a third, and one elsewhere.
+    unroll: layers per scan step; 0 is all of up to 8 on CPU, where it saves a third and the last layer is computed only where it is read, and one
+    elsewhere.
     dtype: "float32", "bfloat16", or "auto" (bfloat16 on GPU and TPU); parameters are f32 always.
     barrier: "auto" (CPU only), "on" or "off": what XLA's CPU compiler needs to be told, see `product`, `rotate_and_back`, `once`,
     `attend_in_parts` and `unrolled`; "off" where a CPU shall differentiate forward (jax.jvp).
@@ -116,9 +117,9 @@ def remat_on(run: RunConfig, platform: str) -> str:
 
 
 def reads_apart(layers: int, run: RunConfig, platform: str) -> bool:
-    """Whether the last layer of a forward without a cache is computed only where it is read: where layers are unrolled. From a loop's
-    stacked weights it would be a copy."""
-    return unroll_on(layers, run, platform) == layers
+    """Whether the last layer of a forward without a cache is computed only where it is read: on CPU, where layers are unrolled. To cut the last
+    layer's weights from a loop's would copy them all, and fused kernels know rows of queries in the order of keys alone."""
+    return platform == "cpu" and unroll_on(layers, run, platform) == layers
 
 
 def unroll_on(layers: int, run: RunConfig, platform: str) -> int:
@@ -174,7 +175,7 @@ def make_model(cfg: ModelConfig, mesh=None, run: RunConfig = RunConfig()) -> Mod
         slot: int32, one for all rows, where in the cache the first of the tokens goes. Then `mask` says which slots each of them may see, its
         own among them. None: the cache is empty, and they are all that is seen.
         read: [B, R] int32, of which tokens the hidden states are asked, [B, R, D]. Of the others the last layer makes keys and values alone,
-        where layers are unrolled (`reads_apart`).
+        with a cache and wherever `reads_apart` says so.
         Raises ValueError for a mask of another S, or of none; for a slot of no cache, and for `unrolled` params without a cache.
         """
         if cache is None and (slot is not None or isinstance(params["blocks"], tuple)):
@@ -195,21 +196,20 @@ def make_model(cfg: ModelConfig, mesh=None, run: RunConfig = RunConfig()) -> Mod
             if not apart:
                 return every, None
             at = read_at(jnp.broadcast_to(positions, tokens.shape), read)
-            return every, about(at, visible(at, mask if mask is None or mask.ndim == 2 else read_at(mask, read)))
+            return every, about(at, visible(at, mask if mask is None or mask.ndim == 2 else read_at(mask, read)), read)
 
-        def about(asking, seen):
-            return Where(*rotation(cfg, asking), None if seen is None else jnp.where(seen, 0.0, -1e30))
+        def about(at, seen, read=None):
+            return Where(*rotation(cfg, at), None if seen is None else jnp.where(seen, 0.0, -1e30), read)
 
-        def visible(asking, mask):
+        def visible(at, mask):
             """Which keys tokens at these positions may see, [B or 1, T, S]."""
             if mask is not None and mask.ndim == 3:
                 return mask
-            causal = positions[:, None, :] <= asking[:, :, None]
+            causal = positions[:, None, :] <= at[:, :, None]
             return causal if mask is None else causal & mask[:, None, :]
 
         alone = mesh is None or mesh.size == 1  # a branch's values would be whole on every device
         where, asked = once(known, params["final_norm_scale"][0]) if barrier and alone else known()
-        asked = asked and asked._replace(read=read)
         x = pin(gather(params["embed"], axes["embed"])[tokens].astype(dtype))
 
         if cache is None:
@@ -339,10 +339,10 @@ class Block(nn.Module):
         if kv is not None:
             kv = write(kv[0], k, slot), write(kv[1], v, slot)
         if slot is None:  # the keys to be seen are those of x
-            by_order = self.fused if asked is None else None  # kernels that know rows of queries in the order of keys alone
+            by_order = self.fused if asked is None else None
             y = (by_order or (attend_in_parts if self.barrier else attend))(q, k, v, asking.bias)
         else:
-            y = attend(q, *kv, where.bias)
+            y = attend(q, *kv, asking.bias)
         out = self.weight("o", (cfg.heads, cfg.head_dim, cfg.width), ("heads", "head_dim", "embed"),
                           cfg.heads * cfg.head_dim, (2 * cfg.layers) ** -0.5)  # fmt: skip
         y = self.dense(y, out, over=2)

@@ -67,14 +67,14 @@ def make_replies(rng, count, copies=1):
     return Tokens(tokens, *lengths), stopped
 
 
-@given(st.integers(0, 10_000), st.sampled_from([1, 2, 4]), st.sampled_from([1, 2, 3]))
+@given(st.integers(0, 10_000), st.sampled_from([1, 2, 4]), st.sampled_from([1, 2, 3]), st.booleans())
 @settings(max_examples=25, deadline=None)
-def test_packed_replies_say_where_everything_is(seed, ways, copies):
+def test_packed_replies_say_where_everything_is(seed, ways, copies, halve):
     """Every reply, its predecessors and its end lie where the packer says, behind their own prompt, in their own shard."""
     rng = np.random.default_rng(seed)
     rows, stopped = make_replies(rng, 24, copies)
     batches = None if copies > 1 else np.stack([rng.permutation(24) for _ in range(2)])
-    packed = ReplyPacker(12, 8, Vocabulary(0, 1, 2, 99), ways, copies).pack(rows, stopped, batches)
+    packed = ReplyPacker(12, 8, Vocabulary(0, 1, 2, 99), ways, copies, halve=halve).pack(rows, stopped, batches)
     order = np.arange(24)[None] if batches is None else batches
     if batches is None:
         packed = jax.tree.map(lambda x: x[None], packed)
@@ -88,7 +88,8 @@ def test_packed_replies_say_where_everything_is(seed, ways, copies):
             np.testing.assert_array_equal(packed.reply[k, place], np.pad(reply, (0, 8 - n)))
             assert packed.reply_len[k, place] == n
             flat = lambda at: np.arange(own)[:, None] * packed.tokens.shape[2] + at  # noqa: E731
-            read, ends = (flat(x[shard]).reshape(-1) for x in (packed.read, packed.ends))
+            whole = np.arange(packed.tokens.shape[2])  # what None stands for
+            read, ends = (flat(x).reshape(-1) for x in (whole if packed.read is None else packed.read[shard], packed.ends[shard]))
             before, end = read[packed.before[k, place][:n]], ends[packed.end[k, place]]
             assert tokens[before].tolist() == [prompt[-1], *reply[:-1]] and tokens[end] == 2 and tokens[end - 1] == 1
             assert positions[before].tolist() == list(range(p - 1, p + n - 1)) and branch[before[0]] == 0 and (branch[before[1:]] > 0).all()
@@ -108,25 +109,38 @@ def test_replies_to_one_prompt_share_it():
 def test_hosts_bring_what_one_would():
     rows, stopped = make_replies(np.random.default_rng(0), 24)
     batches = np.stack([np.random.default_rng(i).permutation(24) for i in range(2)])
-    packer = ReplyPacker(12, 8, Vocabulary(0, 1, 2, 99), 4)
+    packer = ReplyPacker(12, 8, Vocabulary(0, 1, 2, 99), 4, halve=True)
     shares = [packer._replace(host=Host(i, 2)).pack(rows, stopped, batches) for i in range(2)]
-    for whole, *parts in zip(packer.pack(rows, stopped, batches), *shares):
-        np.testing.assert_array_equal(np.concatenate(parts, 1), whole)
+    assert shares[0].read is not None
+    jax.tree.map(lambda whole, *parts: np.testing.assert_array_equal(np.concatenate(parts, 1), whole), packer.pack(rows, stopped, batches), *shares)
 
 
-def test_few_numbers_of_rows_are_compiled():
-    rng, packer = np.random.default_rng(0), ReplyPacker(12, 8, Vocabulary(0, 1, 2, 99))
-    shapes = {(packed.tokens.shape, packed.read.shape) for packed in (packer.pack(*make_replies(rng, 64)) for _ in range(40))}
-    assert len(shapes) <= 4 and all(rows % 2 == 0 and width == 48 for (rows, width), _ in shapes)
+@pytest.mark.parametrize("halve", [False, True])
+def test_few_numbers_of_rows_are_compiled(halve):
+    rng, packer = np.random.default_rng(0), ReplyPacker(12, 8, Vocabulary(0, 1, 2, 99), halve=halve)
+    drawn = [packer.pack(*make_replies(rng, 64)) for _ in range(40)]
+    assert len({str(jax.tree.map(np.shape, packed)) for packed in drawn}) <= 4
+    assert all(packed.tokens.shape[0] % 2 == 0 and packed.tokens.shape[1] == 48 for packed in drawn)
+    assert any(packed.read is not None for packed in drawn) == halve
 
 
-def test_no_row_is_read_in_many_places_where_all_can_be_read_in_few():
-    """And no more rows are needed for it: short replies behind long prompts and long ones behind short prompts share rows."""
-    packer = ReplyPacker(40, 40, Vocabulary(0, 1, 2, 99))
-    prompt, reply = (np.array(12 * sizes, np.int32) for sizes in ([40, 1], [1, 40]))
-    rows = Tokens(np.full((24, 80), 7, np.int32), prompt, prompt + reply)
-    packed = packer.pack(rows, np.ones(24, bool))
-    assert packed.tokens.shape == (6, 168) and packed.read.shape == (6, 84) and packed.ends.shape == (6, MOST)
+def test_half_of_a_row_is_read_where_that_takes_no_more_rows():
+    """Short replies behind long prompts and long ones behind short prompts share rows; long replies alone need what they need."""
+    packer = ReplyPacker(40, 40, Vocabulary(0, 1, 2, 99), halve=True)
+
+    def pack(prompts, replies):
+        prompt, reply = (np.array(12 * sizes, np.int32) for sizes in (prompts, replies))
+        return packer.pack(Tokens(np.full((24, 80), 7, np.int32), prompt, prompt + reply), np.ones(24, bool))
+
+    mixed, long = pack([40, 1], [1, 40]), pack([1, 1], [40, 40])
+    assert mixed.tokens.shape == (6, 168) and mixed.read.shape == (6, 84) and mixed.ends.shape == (6, 16)
+    assert long.tokens.shape == (6, 168) and long.read is None  # four of them a row, read in 160 places
+
+
+def test_more_replies_than_sixteen_share_a_row_and_a_prompt():
+    rows = Tokens(np.full((40, 50), 7, np.int32), np.full(40, 10, np.int32), np.full(40, 11, np.int32))
+    packed = ReplyPacker(40, 10, Vocabulary(0, 1, 2, 99), copies=40).pack(rows, np.ones(40, bool))
+    assert packed.tokens.shape == (2, 104) and (packed.branch == 0).sum() - (packed.pair < 0).sum() == 10 and packed.ends.shape == (2, 48)
 
 
 def test_a_packed_batch_holds_the_pairs_of_a_plain_one(tok, pairs, source):

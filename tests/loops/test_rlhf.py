@@ -152,7 +152,7 @@ def test_minibatches_hold_every_sample_once_an_epoch(pipeline, micro):
     rng = np.random.default_rng(0)
     tokens = rng.integers(3, 90, (16, 44)).astype(np.int32)
     rows = Tokens(tokens, np.full(16, 5, np.int32), np.arange(6, 22).astype(np.int32))
-    packer = ReplyPacker(32, 17, Vocabulary(0, 1, 2, 99), 2)
+    packer = ReplyPacker(32, 17, Vocabulary(0, 1, 2, 99), 2, halve=True)
     order, packed = phases.minibatches(stage, packer, rows, np.zeros(16), rng)
     assert order.shape == (4, 8) and all(sorted(order[e : e + 2].ravel()) == list(range(16)) for e in (0, 2))
     assert len({tuple(sorted(part)) for part in order}) > 2
@@ -164,6 +164,8 @@ def test_minibatches_hold_every_sample_once_an_epoch(pipeline, micro):
                 row, which = divmod(cut.end[place], cut.ends.shape[1])
                 end, n = cut.ends[shard][row, which], rows.length[sample] - 5
                 assert cut.tokens[shard][row, end - n - 1 : end + 1].tolist() == [*tokens[sample, 5 : 5 + n], 1, 2]
+                row, which = np.divmod(cut.before[place][:n], cut.read.shape[1])
+                assert cut.tokens[shard][row, cut.read[shard][row, which]].tolist() == tokens[sample, 4 : 4 + n].tolist()
 
 
 def test_a_row_a_reply_gives_the_same_run(finished, pipeline, context, tmp_path):

@@ -121,36 +121,51 @@ def test_a_masked_key_is_as_if_it_were_not_there(cfg):
     np.testing.assert_allclose(hidden[:, 4:], expected, atol=1e-5, rtol=0)
 
 
-@CONFIGS
-@pytest.mark.parametrize("run", [RunConfig(barrier="on"), RunConfig(barrier="off"), RunConfig(unroll=1), RunConfig(remat="full")], ids=str)
+@pytest.mark.parametrize("cfg, run", [
+    (TINY, RunConfig()), (GROUPED, RunConfig()), (PARALLEL, RunConfig()), (GROUPED, RunConfig(barrier="off")), (GROUPED, RunConfig(unroll=1)),
+    (GROUPED, RunConfig(remat="full")), (replace(GROUPED, layers=1), RunConfig()),
+], ids=["gpt", "llama", "neox", "no barrier", "loop", "remat", "one layer"])  # fmt: skip
 def test_what_is_read_alone_is_what_stands_there(cfg, run):
     """Values and gradients, whatever says which keys are seen; places in any order, and twice."""
     model = make_model(cfg, run=run)
     params, tokens = model.init(jax.random.key(1)), tokens_for(cfg)
     read = jnp.array([[11, 3], [5, 5], [0, 7]])
     t = jnp.arange(12)
-    two = jnp.where(t < 6, t, t - 6)  # two dialogues a row
+    two = jnp.broadcast_to(jnp.where(t < 6, t, t - 6), (3, 12))  # two dialogues a row
     own = jnp.broadcast_to((t[:, None] // 6 == t // 6) & (t <= t[:, None]), (3, 12, 12))
-    for positions, mask in ((None, None), (None, t < jnp.array([[12], [8], [9]])), (jnp.broadcast_to(two, (3, 12)), own)):
-        def alone(params):
-            return model.apply(params, tokens, positions, mask, read=read)[0]
+    ways = ((None, None), (None, t < jnp.array([[12], [8], [9]])), (two, own))
 
-        def among_all(params):
-            return jnp.take_along_axis(model.apply(params, tokens, positions, mask)[0], read[..., None], 1)
+    @jax.jit
+    @partial(jax.value_and_grad, has_aux=True)
+    def alone(params):
+        found = [model.apply(params, tokens, *way, read=read)[0] for way in ways]
+        return sum(jnp.sum(jnp.sin(x)) for x in found), found
 
-        np.testing.assert_allclose(alone(params), among_all(params), atol=1e-5)
-        gradients = (jax.jit(jax.grad(lambda p: jnp.sum(jnp.sin(f(p)))))(params) for f in (alone, among_all))  # noqa: B023
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5 * max(1, float(jnp.abs(b).max()))), *gradients)
+    @jax.jit
+    @partial(jax.value_and_grad, has_aux=True)
+    def among_all(params):
+        found = [jnp.take_along_axis(model.apply(params, tokens, *way)[0], read[..., None], 1) for way in ways]
+        return sum(jnp.sum(jnp.sin(x)) for x in found), found
+
+    (_, values), gradient = alone(params)
+    (_, expected), true = among_all(params)
+    jax.tree.map(partial(np.testing.assert_allclose, atol=1e-5), values, expected)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5 * max(1, float(jnp.abs(b).max()))), gradient, true)
 
 
-@CONFIGS
-def test_a_prompt_may_be_read_at_its_end_alone(cfg):
-    """The cache that it leaves is the same."""
+@pytest.mark.parametrize("cfg, layers", [(TINY, 1), (GROUPED, 2)], ids=["gpt", "llama"])
+def test_a_prompt_may_be_read_at_its_end_alone(cfg, layers):
+    """The cache that it leaves is the same; so may tokens that come later."""
+    cfg = replace(cfg, layers=layers)
     model, tokens = make_model(cfg), tokens_for(cfg)
     params = model.init(jax.random.key(1))
     (whole, cache), (last, own) = (model.apply(params, tokens, cache=model.init_cache(3, 14), read=read) for read in (None, jnp.array([[4], [11], [0]])))
     np.testing.assert_allclose(last[:, 0], whole[jnp.arange(3), jnp.array([4, 11, 0])], atol=1e-5)
     jax.tree.map(partial(np.testing.assert_allclose, atol=1e-5), own, cache)
+    more, at, read = tokens[:, :2], jnp.broadcast_to(jnp.arange(12, 14), (3, 2)), jnp.array([[1], [0], [1]])
+    seen = jnp.broadcast_to(jnp.arange(14) <= at[:, :, None], (3, 2, 14))
+    both, one = (model.apply(model.unrolled(params), more, at, seen, cache, 12, read)[0] for read in (None, read))
+    np.testing.assert_allclose(one, jnp.take_along_axis(both, read[..., None], 1), atol=1e-5)
 
 
 def gradient(cfg, run, positions=None, mask=None):

@@ -38,7 +38,7 @@ def make_parts(model, cfg=RolloutConfig(), recompute=False, ways=1):
 
 
 def packed(samples, ways=1, batches=None):
-    return ReplyPacker(6, R, VOCAB, ways).pack(*jax.device_get((samples.rows, samples.stopped)), batches)
+    return ReplyPacker(6, R, VOCAB, ways, halve=True).pack(*jax.device_get((samples.rows, samples.stopped)), batches)
 
 
 @pytest.fixture(scope="module")
