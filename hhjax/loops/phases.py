@@ -95,8 +95,9 @@ def advance(phases: Phases, state: TrainState, frozen: dict, prompts, key, rng, 
         with seconds.phase("read"):
             said = read(rows, report)
         state, metrics = jax.block_until_ready(learning)
-    first, passes = reading(laid, rollout.mask.shape[1]), 1 if order is None else order.size // len(rows.length)
-    learnt = first._replace(rows=passes * first.rows) if own is None else reading(own, rollout.mask.shape[1])
+    new = rows.tokens.shape[1] - prompts[0].tokens.shape[1]
+    first, passes = reading(laid, new), 1 if order is None else order.size // len(rows.length)
+    learnt = first._replace(rows=passes * first.rows) if own is None else reading(own, new)
     return state, rows, (first, learnt), steps, metrics, said
 
 
