@@ -29,7 +29,8 @@ USAGE = """usage: hhjax COMMAND
   fetch ADDRESS FOLDER  copy run directories from a bucket, checkpoints aside, to draw figures from
   check-data PATH       report the malformed rows of comparison files
   tokenizer train       train a SentencePiece tokenizer on text
-  bench WHAT            ceiling (what this machine's matrix products reach), lm, pm, generate, score, ppo: seconds, rates, shares of that"""
+  bench WHAT            ceiling (what this machine's matrix products reach), lm, pm, generate, score, ppo: seconds, rates, shares of that;
+                        scale (what a mesh costs), compile"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -308,7 +309,7 @@ def bench(argv: Sequence[str]) -> int:
         rows.append(row)
         print(json.dumps({"bench": argv[0]} | row), flush=True)
     print(bench.table(rows, {*vars(args), *bench.about(args)} - {"layers"}))
-    if args.profile and isinstance(found, dict):  # those of several rows are not traced
+    if args.profile:
         print(f"the trace lies under {args.profile}/plugins/profile: .trace.json.gz for ui.perfetto.dev, .xplane.pb for XProf in TensorBoard")
     return 0
 

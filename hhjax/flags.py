@@ -68,15 +68,16 @@ def parse(argv: Sequence[str], prog: str, extra: type | None = None) -> tuple[Co
     tyro ends the process with 2 on a flag that does not exist, naming the nearest. Raises
     ConfigError on what is wrong with the file or the values.
     """
-    file, rest = experiment_file(argv, prog)
+    own = [LaunchConfig, *([extra] if extra else [])]
+    file, rest = experiment_file(argv, prog, own)
     module = load_file(file)
-    tops = {"launch": LaunchConfig} | ({"extra": extra} if extra else {}) | {"file": file_options(module)}
-    top = [f for cls in tops.values() for f in plain_fields(cls) if f[0] != "fast" or cls is LaunchConfig]
+    options = file_options(module)
+    top = [f for cls in (*own, options) for f in plain_fields(cls) if f[0] != "fast" or cls is LaunchConfig]
     # Which stages there are may depend on the file's own flags, so those are read first.
     known = make_dataclass("Flags", top)
     name = f"{prog} {file}"
     early, _ = tyro.cli(known, args=without_help(rest), prog=name, config=SWITCHES, return_unknown_args=True)
-    found = as_runs(module.RUNS if hasattr(module, "RUNS") else module.runs(**picked(tops["file"], early)))
+    found = as_runs(module.RUNS if hasattr(module, "RUNS") else module.runs(**picked(options, early)))
     if not found:
         raise ConfigError(f"{file} defines no runs")
     first = found[0].experiment
@@ -138,12 +139,13 @@ def changed(run: Run, changes: dict) -> Run:
 # Helpers --------------------------------------------------------------------------------------------------------------
 
 
-def experiment_file(argv: Sequence[str], prog: str) -> tuple[Path, list[str]]:
-    """The first argument as a file, and the rest. Ends the process with 0 where help is asked for without one."""
+def experiment_file(argv: Sequence[str], prog: str, own: Sequence[type]) -> tuple[Path, list[str]]:
+    """The first argument as a file, and the rest. Where help is asked for without one, lists the flags of the classes `own`, which
+    every file has, and ends the process with 0."""
     if argv and argv[0] in ("-h", "--help"):
-        print(f"usage: {prog} FILE [flags]\n\nFILE is an experiment file, such as experiments/pm_hh.py; its stages have flags of their own: "
-              f"`{prog} FILE --help` lists them.")  # fmt: skip
-        sys.exit(0)
+        print(f"FILE is an experiment file, such as experiments/pm_hh.py; its stages have flags of their own: `{prog} FILE --help` lists them.\n")
+        every = make_dataclass("Flags", [f for cls in own for f in plain_fields(cls)])
+        tyro.cli(every, args=["--help"], prog=f"{prog} FILE", description="", config=SWITCHES)
     if not argv or argv[0].startswith("-"):
         raise ConfigError(f"usage: {prog} FILE [flags]; `{prog} FILE --help` lists the flags of an experiment file")
     if not Path(argv[0]).is_file() or Path(argv[0]).suffix != ".py":

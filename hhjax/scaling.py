@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from jax.experimental.compilation_cache import compilation_cache
 
-from hhjax.bench import Bench, about
+from hhjax.bench import Bench, about, tracing
 from hhjax.hlo import Program
 from hhjax.model.generate import Sampling, generate
 from hhjax.model.transformer import make_model
@@ -32,7 +32,8 @@ class ScaleBench(Bench):
 
 @dataclass(frozen=True)
 class CompileBench(Bench):
-    """Programs of models of so many layers: an update of a preference model (layers scanned) and sampling (layers unrolled)."""
+    """Programs of models of so many layers: an update of a preference model (layers scanned) and sampling (layers unrolled). Each is compiled
+    twice; size, layers, unroll, repeats, warmup and profile are not asked, and setting one is an error."""
 
     depths: tuple[int, ...] = (4, 16, 40)
     width: int = 64
@@ -64,14 +65,19 @@ def scale(cfg: ScaleBench) -> Iterator[dict]:
     layouts = {"one device": make_mesh(MeshConfig(1), devices[:1])} | {n: make_mesh(m, devices) for n, m in meshes(cfg.devices).items()}
     made = {name: compiled_update(cfg, mesh) for name, mesh in layouts.items()}
     timed = {name: [] for name in made}
-    for turn in range(cfg.warmup + cfg.repeats):
+
+    def turn() -> None:
         for name, (step, state, batch, text) in made.items():
             began = time.perf_counter()
-            state, metrics = step(state, batch)
-            jax.block_until_ready((state, metrics))
-            made[name] = step, state, batch, text
-            if turn >= cfg.warmup:
-                timed[name].append(time.perf_counter() - began)
+            made[name] = step, jax.block_until_ready(step(state, batch))[0], batch, text
+            timed[name].append(time.perf_counter() - began)
+
+    for _ in range(cfg.warmup):
+        turn()
+    with tracing(cfg.profile):
+        for _ in range(cfg.repeats):
+            turn()
+    timed = {name: seconds[cfg.warmup :] for name, seconds in timed.items()}
     for name, mesh in layouts.items():
         ratio = median(one / s for one, s in zip(timed["one device"], timed[name]))
         yield {"mesh": name, "median_s": round(median(timed[name]), 6), "of_one_device": round(ratio, 3),
@@ -106,7 +112,13 @@ def collectives(text: str, mesh) -> str:
 
 
 def compile_times(cfg: CompileBench) -> Iterator[dict]:
-    """A row for each program and depth: seconds to trace and lower it, to compile it with an empty cache, and with a full one."""
+    """A row for each program and depth: seconds to trace and lower it, to compile it with an empty cache, and with a full one.
+
+    Raises ValueError for a setting that is not asked.
+    """
+    for name in ("size", "layers", "unroll", "repeats", "warmup", "profile"):
+        if getattr(cfg, name) != getattr(CompileBench, name):
+            raise ValueError(f"{name} {getattr(cfg, name)} is not asked where programs are compiled; leave it out; depths says how many layers")
     kept = jax.config.jax_compilation_cache_dir, jax.config.jax_persistent_cache_min_compile_time_secs
     try:
         for depth in cfg.depths:

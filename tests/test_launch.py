@@ -198,11 +198,13 @@ def test_help_begins_with_the_file_s_own_words(chain, capsys):
     assert "--pm.optim.lr FLOAT" in words and "Runs whose name matches this pattern." in words
 
 
-@pytest.mark.parametrize("command", ["run", "sweep", "plan"])
-def test_help_without_a_file_says_how_to_ask(command, capsys):
+@pytest.mark.parametrize("command, own", [("run", "--data-dir"), ("sweep", "--backend"), ("plan", "--topology")])
+def test_help_without_a_file_lists_what_every_file_has(command, own, capsys):
     with pytest.raises(SystemExit) as end:
         cli.main([command, "--help"])
-    assert end.value.code == 0 and f"`hhjax {command} FILE --help` lists them" in capsys.readouterr().out
+    words = capsys.readouterr().out
+    assert end.value.code == 0 and f"`hhjax {command} FILE --help` lists them" in words
+    assert own in words and "Runs whose name matches this pattern." in words
     with pytest.raises(SystemExit) as end:
         cli.main([command])
     assert end.value.code == 2

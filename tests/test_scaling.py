@@ -5,11 +5,13 @@ import pytest
 
 from hhjax import bench, scaling
 
-TINY = {"width": 32, "heads": 4, "mlp_width": 64, "vocab": 64, "batch": 8, "prompt": 12, "response": 8, "repeats": 1, "warmup": 1}
+SMALL = {"width": 32, "heads": 4, "mlp_width": 64, "vocab": 64, "batch": 8, "prompt": 12, "response": 8}
+TINY = SMALL | {"repeats": 1, "warmup": 1}
 
 
-def test_every_mesh_stands_beside_one_device():
-    rows = list(scaling.scale(scaling.ScaleBench(**TINY, layers=1, devices=4)))
+def test_every_mesh_stands_beside_one_device(tmp_path):
+    rows = list(scaling.scale(scaling.ScaleBench(**TINY, layers=1, devices=4, profile=str(tmp_path))))
+    assert list(tmp_path.rglob("*.xplane.pb"))
     found = {row["mesh"]: row for row in rows}
     assert list(found) == ["one device", "data 4", "fsdp 4", "fsdp 2 x tensor 2"]
     assert found["one device"]["of_one_device"] == 1 and found["one device"]["collectives"] == "none"
@@ -22,7 +24,13 @@ def test_every_mesh_stands_beside_one_device():
 
 def test_a_full_cache_saves_the_compilation():
     before = jax.config.jax_compilation_cache_dir
-    rows = list(scaling.compile_times(scaling.CompileBench(**TINY, depths=(2,))))
+    rows = list(scaling.compile_times(scaling.CompileBench(**SMALL, depths=(2,))))
     assert [(row["program"], row["layers"]) for row in rows] == [("pm update", 2), ("sampling", 2)]
     assert all(row["warm_s"] < row["cold_s"] for row in rows)
     assert jax.config.jax_compilation_cache_dir == before
+
+
+@pytest.mark.parametrize("name, value", [("layers", 8), ("size", "13M"), ("repeats", 3), ("profile", "traces")])
+def test_compilation_does_not_take_what_it_would_not_heed(name, value):
+    with pytest.raises(ValueError, match=f"{name} {value} is not asked"):
+        next(scaling.compile_times(scaling.CompileBench(**SMALL, **{name: value})))
