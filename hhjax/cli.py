@@ -13,7 +13,7 @@ import tyro
 from hhjax.io.bucket import LISTED, reading_copy
 from hhjax.io.metrics import clock, read_events, read_rows
 from hhjax.io.rundir import list_runs, read_state
-from hhjax.process import collect_rarely, hold_memory, keep_compiled, take_memory, tell_stacks
+from hhjax.process import collect_rarely, compile_quickly, hold_memory, keep_compiled, take_memory, tell_stacks
 
 Positional = tyro.conf.Positional
 
@@ -38,6 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv is None:  # a process of its own, whose memory and logging are ours
         hold_memory()
         keep_compiled()
+        compile_quickly()
         take_memory()
         collect_rarely()
         tell_stacks()

@@ -86,3 +86,20 @@ def test_most_of_a_gpu_is_taken_unless_the_user_says_how_much(monkeypatch):
     monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.3")  # jax refuses both together
     process.take_memory()
     assert "XLA_CLIENT_MEM_FRACTION" not in os.environ
+
+
+def test_llvm_s_dear_passes_are_left_out_but_for_what_the_user_says_and_beside_accelerators(monkeypatch, tmp_path):
+    monkeypatch.setattr(process, "ACCELERATORS", ())
+    monkeypatch.delenv("XLA_FLAGS", raising=False)
+    process.compile_quickly()
+    assert os.environ["XLA_FLAGS"] == "--xla_backend_optimization_level=1 --xla_llvm_disable_expensive_passes=true"
+    process.compile_quickly()  # a process that has started anew
+    assert os.environ["XLA_FLAGS"].count("level") == 1
+    monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=3")
+    process.compile_quickly()
+    assert os.environ["XLA_FLAGS"] == "--xla_backend_optimization_level=3 --xla_llvm_disable_expensive_passes=true"
+    (tmp_path / "nvidia0").touch()
+    monkeypatch.setattr(process, "ACCELERATORS", (str(tmp_path / "nvidia[0-9]*"),))
+    monkeypatch.setenv("XLA_FLAGS", "--xla_dump_to=here")
+    process.compile_quickly()
+    assert os.environ["XLA_FLAGS"] == "--xla_dump_to=here"
