@@ -19,7 +19,7 @@ from hhjax.loops.sampling import frozen
 from hhjax.loops.supervised import compute_dtype
 from hhjax.model.transformer import ModelConfig, make_model, unstacked
 from hhjax.sharding import batch_sharding, batch_ways, batches_sharding, check_batch, make_mesh, param_shardings
-from hhjax.stages import PM, PPO, Training
+from hhjax.stages import PM, PPO, Training, loss_of
 from hhjax.train.state import decayed, init_state, make_optimizer, state_shardings
 from hhjax.train.step import make_train_step, shard_step
 from hhjax.types import PackedPairs, Pairs, Tokens, Vocabulary
@@ -107,7 +107,7 @@ def full_replies(stage: PPO, vocab: Vocabulary, ways: int):
 def lower_update(stage: Training, model, optimizer, shardings, mesh):
     """The stage's update at its widest batch, as `loops/supervised.py` jits it, traced and lowered for the mesh's devices."""
     state = jax.eval_shape(lambda k: init_state(model.init(k), optimizer, k), jax.random.key(0))
-    step = make_train_step(stage.objective(model, stage.loss), optimizer, stage.micro_batches)
+    step = make_train_step(loss_of(stage, model), optimizer, stage.micro_batches)
     return shard_step(step, shardings, mesh).lower(state, batch_shapes(stage, batch_ways(mesh)))
 
 

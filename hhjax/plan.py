@@ -20,7 +20,7 @@ from hhjax.model.sizes import matmul_params, model_config
 from hhjax.model.transformer import ModelConfig, make_model
 from hhjax.placing import place
 from hhjax.sharding import batch_ways, check_batch, make_mesh, param_shardings
-from hhjax.stages import DEFAULT_SIZE, PM, PPO, Stage, Tokenizer, Training, split_step
+from hhjax.stages import DEFAULT_SIZE, PM, PPO, Stage, Tokenizer, Training, loss_of, split_step
 from hhjax.train.state import init_state, make_optimizer, state_shardings
 
 
@@ -72,7 +72,7 @@ def describe_training(stage: Training, cfg: ModelConfig) -> Iterator[str]:
     yield f"state     {bytes_per_device(state, shardings) / 2**20:,.1f} MiB a device (f32 weights and two moments)"
     if isinstance(stage, PM) and stage.packed:  # held-out comparisons have rows of their own, which a changed loss must know too
         held_out = batch_shapes(replace(stage, packed=False), batch_ways(mesh))
-        jax.eval_shape(stage.objective(model, stage.loss), shapes, held_out, jax.eval_shape(lambda: jax.random.key(0)))
+        jax.eval_shape(loss_of(stage, model), shapes, held_out, jax.eval_shape(lambda: jax.random.key(0)))
     memory = lower_update(stage, model, optimizer, shardings, mesh).compile().memory_analysis()
     yield f"compiled  {memory.temp_size_in_bytes / 2**20:,.1f} MiB of temporaries a device, besides the state"
 

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
+import jax.numpy as jnp
+
 from hhjax.clinic.corpus import PARTS, write_part
 from hhjax.clinic.gold import Raters
 from hhjax.data.comparisons import ComparisonData
@@ -24,6 +26,7 @@ from hhjax.objectives.preference import PreferenceLoss, preference_objective
 from hhjax.sharding import MeshConfig
 from hhjax.train.rollout import RolloutConfig
 from hhjax.train.state import OptimConfig
+from hhjax.types import LossFn
 
 DEFAULT_SIZE = "1M"
 
@@ -492,3 +495,26 @@ class StageContext:
     def parent(self, ref: str) -> tuple[Path, int | None]:
         """A reference's folder and the step it asks for (None: the last)."""
         return self.parents[ref], split_step(ref)[1]
+
+
+def loss_of(stage, model) -> LossFn:
+    """The objective of an LM, PM or PPO stage on its model (PPO: actor). Where it is traced, before anything is trained, raises ConfigError
+    unless it returns a scalar and a dict of scalars, of which an LM's or PM's evaluation needs `weight`."""
+    loss = stage.objective(model, stage.loss)
+
+    def checked(params, batch, key):
+        said = loss(params, batch, key)
+        wrong = ""
+        if not (isinstance(said, tuple) and len(said) == 2 and isinstance(said[1], dict)):
+            wrong = "is no pair of a scalar and a dict of scalars"
+        elif jnp.shape(said[0]):
+            wrong = f"has shape {jnp.shape(said[0])}; return a mean, a scalar"
+        elif vectors := [name for name, x in said[1].items() if jnp.shape(x)]:
+            wrong = f"has metrics that are no scalars: {', '.join(vectors)}; return their means"
+        elif isinstance(stage, Training) and "weight" not in said[1]:
+            wrong = "has no metric `weight`, by which held-out batches are averaged; return the number of pairs or tokens that it is the mean of"
+        if wrong:
+            raise ConfigError(f"what the loss of {stage.name} returns {wrong}")
+        return said
+
+    return checked

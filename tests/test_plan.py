@@ -11,11 +11,12 @@ from hhjax.data.packing import MOST, PackedSource
 from hhjax.data.sources import TextData
 from hhjax.data.tokenizer import load_tokenizer
 from hhjax.experiment import Experiment, Run
+from hhjax.fields import ConfigError
 from hhjax.model.generate import Sampling
 from hhjax.model.sizes import model_config
 from hhjax.model.transformer import make_model
 from hhjax.objectives.ppo import ppo_objective
-from hhjax.objectives.preference import preference_objective
+from hhjax.objectives.preference import pair_scores, preference_objective
 from hhjax.sharding import MeshConfig, make_mesh, param_shardings
 from hhjax.stages import LM, PM, PPO, Evaluate, Tokenizer
 from hhjax.train.state import make_optimizer, state_shardings
@@ -113,6 +114,24 @@ def test_a_loss_must_know_both_layouts_of_pairs():
 
     stage = PM("pm", tokenizer="a/folder", model="0.1M", seq_len=64, batch_size=16, steps=1, objective=packed_only)
     with pytest.raises((AttributeError, ValueError), match="pair"):
+        list(plan.describe_training(stage, model_config("0.1M", 320)))
+
+
+@pytest.mark.parametrize(("returns", "message"), [
+    (lambda value, metrics, chosen: value, "is no pair of a scalar and a dict"),
+    (lambda value, metrics, chosen: (chosen, metrics), r"has shape \(16,\); return a mean"),
+    (lambda value, metrics, chosen: (value, metrics | {"each": chosen}), "has metrics that are no scalars: each"),
+    (lambda value, metrics, chosen: (value, {"accuracy": metrics["accuracy"]}), "has no metric `weight`"),
+])  # fmt: skip
+def test_what_a_loss_returns_is_looked_at_before_anything_is_trained(returns, message):
+    def objective(model, cfg):
+        def loss(params, batch, key):
+            return returns(*preference_objective(model, cfg)(params, batch, key), pair_scores(model, params, batch)[0])
+
+        return loss
+
+    stage = PM("pm", tokenizer="a/folder", model="0.1M", seq_len=64, batch_size=16, steps=1, objective=objective)
+    with pytest.raises(ConfigError, match=f"the loss of pm returns {message}"):
         list(plan.describe_training(stage, model_config("0.1M", 320)))
 
 

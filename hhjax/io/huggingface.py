@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -88,6 +89,7 @@ def save_folder(folder, cfg: ModelConfig, params, family: str, **more) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(fields, indent=2))
+    shutil.copymode(folder / "config.json", folder / "model.safetensors")  # which its library leaves to its owner alone
 
 
 def config_from_huggingface(fields: dict) -> ModelConfig:

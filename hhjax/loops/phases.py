@@ -18,7 +18,7 @@ from hhjax.loops.sampling import fetch, frozen, make_sample
 from hhjax.loops.supervised import compute_dtype
 from hhjax.model.transformer import make_model, reads_apart, unstacked, unstacked_axes
 from hhjax.sharding import batch_host, batch_sharding, batch_ways, batches_sharding, param_shardings, put_batch, put_batches, replicated
-from hhjax.stages import PPO
+from hhjax.stages import PPO, loss_of
 from hhjax.train.rollout import Judges, make_actor, make_exact_kl, make_score
 from hhjax.train.state import PartsOptimizer, TrainState, make_parts_optimizer, state_shardings
 from hhjax.train.step import make_ppo_update, make_train_step
@@ -113,7 +113,7 @@ def make_phases(stage: PPO, models: dict, vocab: Vocabulary, mesh, rollout_mesh,
     recompute = dtype != "float32" if recompute is None else recompute
     score = make_score(actor, judges, vocab, width, stage.rollout, recompute, heat, ways)
     optimizer = ppo_optimizer(stage)
-    step = make_train_step(stage.objective(actor, stage.loss), optimizer, stage.micro_batches, tuple(optimizer.parts))
+    step = make_train_step(loss_of(stage, actor), optimizer, stage.micro_batches, tuple(optimizer.parts))
     whole, rows = replicated(mesh), batch_sharding(mesh)
     spread, gather, sampler = (lambda x: x), (lambda x: x), policy
     if stage.rollout_mesh:

@@ -112,8 +112,9 @@ def train(setup: Setup, phases: Phases, state: TrainState, position: dict) -> No
                 stop(done - 1)
             beta = adapt_beta(beta, stage.kl, row["kl_k1"], stage.batch_size)
             timed = shapes in compiled
-            if not timed:  # it compiled
+            if not timed:  # it compiled: rates of its phases would say how long that took
                 progress.exclude(time.perf_counter() - began)
+                row = {name: x for name, x in row.items() if not name.endswith("_per_s")}
                 compiled.add(shapes)
             progress.count(*work, timed=timed)
             last, stopping = done == stage.steps, ctx.should_stop()

@@ -31,7 +31,7 @@ from hhjax.loops.waiting import on_all, on_first
 from hhjax.model.sizes import model_config
 from hhjax.model.transformer import ModelConfig, RunConfig, config_to_json, make_model
 from hhjax.sharding import batch_host, batch_ways, check_batch, make_mesh, param_shardings, put_batch
-from hhjax.stages import DEFAULT_SIZE, PM, Preempted, StageContext, Tokenizer, Training
+from hhjax.stages import DEFAULT_SIZE, PM, Preempted, StageContext, Tokenizer, Training, loss_of
 from hhjax.train.state import TrainState, init_state, make_optimizer, state_shardings
 from hhjax.train.step import make_train_step, shard_step
 from hhjax.types import Batch, LossFn, Model, PackedPairs, Pairs, Tokens
@@ -53,7 +53,7 @@ def run(stage: Training, ctx: StageContext) -> None:
     source, held_out = on_all(ctx, lambda: load_sources(stage, ctx, tokenizer, batch_ways(mesh)))
     total = total_steps(stage, source)
     optimizer = make_optimizer(stage.optim, total)
-    loss = stage.objective(model, stage.loss)
+    loss = loss_of(stage, model)
     shapes = jax.eval_shape(model.init, jax.random.key(0))
     shardings = state_shardings(optimizer, shapes, param_shardings(model.axes(), shapes, mesh), mesh)
     if jax.process_index() == 0:

@@ -35,6 +35,8 @@ def test_saving_gives_back_the_same_tensors(family, tmp_path):
     save_folder(tmp_path, cfg, params, family)
     before, after = (load_file(f / "model.safetensors") for f in (GOLDEN / family, tmp_path))
     assert before.keys() == after.keys()
+    modes = [(tmp_path / name).stat().st_mode for name in ("config.json", "model.safetensors")]
+    assert modes[0] == modes[1]  # whoever may read one may read the other
     for name in before:
         np.testing.assert_array_equal(before[name], after[name], err_msg=name)
     again, params_again = load_folder(tmp_path)
