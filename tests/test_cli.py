@@ -1,6 +1,7 @@
 """The hhjax command."""
 
 import json
+from importlib.metadata import version
 
 import numpy as np
 import pytest
@@ -97,3 +98,4 @@ def test_wrong_commands_name_the_nearest(capsys):
     assert call("rnu") == 2 and "did you mean 'run'" in capsys.readouterr().err
     assert call() == 2 and call("--help") == 0 and call("run") == 2 and call("tokenizer") == 2
     assert "usage: hhjax run FILE" in capsys.readouterr().err
+    assert call("--version") == 0 and capsys.readouterr().out == f"hhjax {version('hhjax')}\n"

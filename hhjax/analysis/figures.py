@@ -89,7 +89,8 @@ def mixture_figure(results: Sequence[Result], path: Path) -> str:
     lines, means, found = [], [], []
     for kind in alike(results):
         if ", about " in kind:
-            raise ValueError(f"these models differ in more than their mixture: {kind}, among others; choose some with --only or --stage")
+            stages = ", ".join(dict.fromkeys(r.stage for r in results))
+            raise ValueError(f"these models differ in more than their mixture: {kind}, among others; choose some with --only or --stage, of {stages}")
     for (_, name), group in _grouped(results, lambda r: (r.about["parameters"], r.about["size"])).items():
         scores = by(group, lambda r: round(sum(share for source, share in r.about["shares"].items() if source.startswith("harmless")), 2))
         shares = [100 * s for s in scores]

@@ -52,8 +52,14 @@ def finished_stages(index: Path, kind: str, only: str = "*", stage: str = "*") -
     """Those of `find_stages` that are done. Raises ValueError where none is."""
     found = [each for each in find_stages(index, kind, only, stage) if (each[2] / "DONE").is_file()]
     if not found:
-        raise ValueError(f"no {kind} stage of {index} that matches {only!r}, {stage!r} is finished; run the experiment first")
+        raise ValueError(f"no {kind} stage of {index} that matches {only!r}, {stage!r} is finished; run the experiment first{choices(index, kind)}")
     return found
+
+
+def choices(index: Path, kind: str) -> str:
+    """The end of an error: which stages of that kind there are to be chosen from."""
+    names = dict.fromkeys(name for _, name, _ in find_stages(index, kind))
+    return f"; its stages of that kind: {', '.join(names)}" if names else ""
 
 
 def without_seed(run: str) -> str:
@@ -70,7 +76,7 @@ def load_results(index: Path, only: str = "*", stage: str = "*") -> list[Result]
     results = [load_result(folder, run, name) for run, name, folder in find_stages(index, "evaluate", only, stage)
                if (folder / "evals" / "summary.json").is_file()]  # fmt: skip
     if not results:
-        raise ValueError(f"nothing of {index} that matches {only!r}, {stage!r} is evaluated yet; run the experiment first")
+        raise ValueError(f"nothing of {index} that matches {only!r}, {stage!r} is evaluated yet; run the experiment first{choices(index, 'evaluate')}")
     return results
 
 
