@@ -47,6 +47,7 @@ COMPILERS = {
     "cuda": Compiler(("jax_cuda13_plugin", "jax_cuda12_plugin"), "cuda", {"CUDA_VISIBLE_DEVICES": "-1"} | WARN,
                      "*after_optimizations-memory-usage-report.txt"),
 }  # fmt: skip
+WHOLE = {"xla_backend_optimization_level": 3, "xla_llvm_disable_expensive_passes": False}  # and not what `process.compile_quickly` asks for CPUs
 # What XLA asks of a GPU: its own report of an H100 SXM (as in openxla/xla issue 25910), but for the chip's memory and bandwidth. Versions of cuDNN and
 # CUDA are what a program may count on at least.
 HOPPER = """gpu_device_info {{ threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152 shared_memory_per_core: 233472
@@ -169,6 +170,6 @@ def _compile(pipe, folder: str, env: dict[str, str], build: Callable, args) -> N
         pipe.send(("error", str(error)))
         return
     try:
-        lowered.compile(compiler_options={"xla_dump_to": folder, "xla_dump_hlo_as_text": True})
+        lowered.compile(compiler_options=WHOLE | {"xla_dump_to": folder, "xla_dump_hlo_as_text": True})
     except jax.errors.JaxRuntimeError as error:
         pipe.send(("failure", re.split(r"\n| See https?://", str(error))[0]))
