@@ -33,7 +33,7 @@ def keep_compiled() -> None:
 
 
 def compile_quickly() -> None:
-    """Makes XLA's compiler for CPUs leave out LLVM's dear passes, a third of what it takes. Steps take as long without them (to 1 %), since their products
+    """Makes XLA's compiler for CPUs leave out LLVM's dear passes, a tenth to a third of what it takes. Steps take as long without them (to 1 %), since their products
     are a library's. A flag that $XLA_FLAGS names already is left alone. Not beside an accelerator, whose programs these flags would touch too."""
     given = os.environ.get("XLA_FLAGS", "")
     if not accelerated():
