@@ -31,9 +31,11 @@ STEPS = 6
 
 
 def make_ppo(pipeline, **changes) -> PPO:
+    # At a rate of 1e-3 the policy ends nearly uniform over its vocabulary, where a sampled token changes with the last digits of a
+    # sum: two meshes that agree to 1e-5 then take different samples, and all that follows differs.
     stage = PPO("ppo", policy=str(pipeline["lm"]), reward=str(pipeline["pm"]), tests=(str(pipeline["pm_test"]),), data=PAIRS,
                 prompt_len=32, sampling=Sampling(12), batch_size=16, steps=STEPS, epochs=2, minibatches=2, save_every=2,
-                eval_every=3, eval_prompts=20, optim=OptimConfig(1e-3), value_optim=OptimConfig(1e-3),
+                eval_every=3, eval_prompts=20, optim=OptimConfig(1e-4), value_optim=OptimConfig(1e-4),
                 kl=KLConfig(0.01, target=0.5, horizon=100), mesh=MeshConfig(2, 2, 2), packed=True)  # fmt: skip
     return replace(stage, **changes)
 
@@ -291,11 +293,12 @@ def test_two_hosts_and_then_one_give_the_same_run(finished, pipeline, context, s
             assert a[name] == pytest.approx(b[name], rel=1e-3, abs=1e-4), (name, a["step"])
         # A root of what was just compared: of 0 and of what rounding makes of 0 it is as far apart as of 0 and a real difference.
         assert all(row["sqrt_kl"] == max(row["kl_k1"], 0.0) ** 0.5 for row in (a, b))
-    samples = [[row["reply"] for row in read_rows(f / "samples" / "000003.jsonl")] for f in (folder, finished)]
-    assert samples[0] == samples[1] and len(samples[0]) == 20
+    for step in (3, STEPS):
+        samples = [[row["reply"] for row in read_rows(f / "samples" / f"{step:06}.jsonl")] for f in (folder, finished)]
+        assert samples[0] == samples[1] and len(samples[0]) == 20
     policies = [load_model(f, None, make_mesh(MeshConfig()))[1] for f in (folder, finished)]
     for a, b in zip(*map(jax.tree.leaves, policies)):
-        np.testing.assert_allclose(a, b, atol=1e-4)
+        np.testing.assert_allclose(a, b, atol=1e-5)
 
 
 @pytest.mark.slow
