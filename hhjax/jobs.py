@@ -15,6 +15,7 @@ from typing import NamedTuple
 from hhjax.fields import ConfigError
 from hhjax.io.files import write_atomically
 from hhjax.jobset import Pod, jobset, slice_of, slices, to_yaml
+from hhjax.process import environment_elsewhere
 
 
 class Job(NamedTuple):
@@ -205,7 +206,7 @@ def batch_options(words: Sequence[str]) -> dict[str, str]:
 def said(argv: Sequence[str], stdin: str = "", or_none: str = "") -> str:
     """What a command prints; "" where it fails with the words or_none. Raises ConfigError where it is missing or fails otherwise."""
     try:
-        done = subprocess.run(argv, input=stdin, capture_output=True, text=True)
+        done = subprocess.run(argv, input=stdin, capture_output=True, text=True, env=environment_elsewhere())
     except FileNotFoundError:
         raise ConfigError(f"{argv[0]} is not installed; run this where it is, or use --dry-run") from None
     if not done.returncode:

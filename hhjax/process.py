@@ -34,10 +34,21 @@ def keep_compiled() -> None:
 
 def compile_quickly() -> None:
     """Makes XLA's compiler for CPUs leave out LLVM's dear passes, a tenth to a third of what it takes. Steps take as long without them (to 1 %), since their products
-    are a library's. A flag that $XLA_FLAGS names already is left alone. Not beside an accelerator, whose programs these flags would touch too."""
-    given = os.environ.get("XLA_FLAGS", "")
-    if not accelerated():
+    are a library's. A flag that $XLA_FLAGS names already is left alone, and so is a file of flags. Not beside an accelerator, whose programs
+    these flags would touch too."""
+    given = os.environ.get("XLA_FLAGS", "").strip()
+    if not accelerated() and (not given or given.startswith("-")):
         os.environ["XLA_FLAGS"] = " ".join([given, *(f"--{name}={value}" for name, value in QUICK.items() if name not in given)]).strip()
+
+
+def environment_elsewhere() -> dict[str, str]:
+    """This process's environment without what `compile_quickly` and `hold_memory` add, which other machines, with accelerators, would inherit."""
+    env = dict(os.environ)
+    ours = {f"--{name}={value}" for name, value in QUICK.items()}
+    flags = " ".join(flag for flag in env.pop("XLA_FLAGS", "").split() if flag not in ours)
+    tunables = env.pop("GLIBC_TUNABLES", "")
+    added = {"XLA_FLAGS": flags, "GLIBC_TUNABLES": "" if tunables in (HUGE_PAGES, f"{HUGE_PAGES}:{HELD}") else tunables}
+    return env | {name: value for name, value in added.items() if value}
 
 
 def take_memory() -> None:

@@ -509,7 +509,7 @@ def loss_of(stage, model) -> LossFn:
             wrong = "is no pair of a scalar and a dict of scalars"
         elif jnp.shape(said[0]):
             wrong = f"has shape {jnp.shape(said[0])}; return a mean, a scalar"
-        elif vectors := [name for name, x in said[1].items() if jnp.shape(x)]:
+        elif vectors := [name for name, x in said[1].items() if x is None or isinstance(x, dict) or jnp.shape(x)]:
             wrong = f"has metrics that are no scalars: {', '.join(vectors)}; return their means"
         elif isinstance(stage, Training) and "weight" not in said[1]:
             wrong = "has no metric `weight`, by which held-out batches are averaged; return the number of pairs or tokens that it is the mean of"

@@ -121,6 +121,7 @@ def test_a_loss_must_know_both_layouts_of_pairs():
     (lambda value, metrics, chosen: value, "is no pair of a scalar and a dict"),
     (lambda value, metrics, chosen: (chosen, metrics), r"has shape \(16,\); return a mean"),
     (lambda value, metrics, chosen: (value, metrics | {"each": chosen}), "has metrics that are no scalars: each"),
+    (lambda value, metrics, chosen: (value, metrics | {"by": {"each": value}}), "has metrics that are no scalars: by"),
     (lambda value, metrics, chosen: (value, {"accuracy": metrics["accuracy"]}), "has no metric `weight`"),
 ])  # fmt: skip
 def test_what_a_loss_returns_is_looked_at_before_anything_is_trained(returns, message):

@@ -98,6 +98,14 @@ def test_llvm_s_dear_passes_are_left_out_but_for_what_the_user_says_and_beside_a
     monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=3")
     process.compile_quickly()
     assert os.environ["XLA_FLAGS"] == "--xla_backend_optimization_level=3 --xla_llvm_disable_expensive_passes=true"
+    monkeypatch.setenv("XLA_FLAGS", "a/file of flags")  # to which nothing can be appended
+    process.compile_quickly()
+    assert os.environ["XLA_FLAGS"] == "a/file of flags"
+    monkeypatch.setenv("XLA_FLAGS", "--xla_dump_to=here")
+    process.compile_quickly()
+    monkeypatch.setenv("GLIBC_TUNABLES", f"{process.HUGE_PAGES}:{process.HELD}")
+    there = process.environment_elsewhere()  # of a job with GPUs, say, that is submitted from here
+    assert there["XLA_FLAGS"] == "--xla_dump_to=here" and "GLIBC_TUNABLES" not in there and there["PATH"] == os.environ["PATH"]
     (tmp_path / "nvidia0").touch()
     monkeypatch.setattr(process, "ACCELERATORS", (str(tmp_path / "nvidia[0-9]*"),))
     monkeypatch.setenv("XLA_FLAGS", "--xla_dump_to=here")
