@@ -96,7 +96,8 @@ def main() -> None:
 HEAD = """# Benchmarks
 
 Made by `python scripts/benchmarks.py`, on an accelerator with `--accelerator`; each table says when and where, and tables of other days ran beside another noise. `share_of_ceiling` is of this machine's own matrix products, read in the
-same run; `of_one_device` the rate over one device's, in turn."""
+same run; `of_one_device` the rate over one device's, in turn. `compile_s` and `first_step_s` depend on what the compilation cache held, and sum over all
+shapes of a benchmark: only those that the notes took in turn are compared."""
 NOTES = "## Notes\n\n"  # what follows is written by hand and kept
 
 

@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from hhjax import process
+from hhjax.jobs import said
 
 
 @pytest.fixture
@@ -106,6 +107,7 @@ def test_llvm_s_dear_passes_are_left_out_but_for_what_the_user_says_and_beside_a
     monkeypatch.setenv("GLIBC_TUNABLES", f"{process.HUGE_PAGES}:{process.HELD}")
     there = process.environment_elsewhere()  # of a job with GPUs, say, that is submitted from here
     assert there["XLA_FLAGS"] == "--xla_dump_to=here" and "GLIBC_TUNABLES" not in there and there["PATH"] == os.environ["PATH"]
+    assert "expensive_passes" not in said(["env"]) and "--xla_dump_to=here" in said(["env"])  # as sbatch is called
     (tmp_path / "nvidia0").touch()
     monkeypatch.setattr(process, "ACCELERATORS", (str(tmp_path / "nvidia[0-9]*"),))
     monkeypatch.setenv("XLA_FLAGS", "--xla_dump_to=here")
